@@ -1,0 +1,32 @@
+"""What `make demo` trains: a small OLMoE on text that every installation has.
+
+Command: `make demo`, or `python -m experiments.train --config=experiments/configs/demo.py
+  --workdir=runs/demo`; half as long with `--config.training.num_steps=300`.
+Hardware: two CPU cores, under 4 GB of memory.
+"""
+
+from olmoe_jax import config
+
+BATCH, LENGTH = 8, 256
+
+
+def get_config():
+    return config.to_flags(
+        config.Config(
+            model=config.ModelConfig(
+                vocab_size=4096,
+                max_length=LENGTH,
+                num_layers=4,
+                d_model=128,
+                num_heads=4,
+                num_kv_heads=4,
+                d_ff=128,
+                num_experts=16,
+                num_experts_per_token=2,
+            ),
+            data=config.DataConfig(path="embedded", sequence_length=LENGTH),
+            optimizer=config.OptimizerConfig(learning_rate=2e-3, warmup_tokens=20 * BATCH * LENGTH),
+            training=config.TrainingConfig(num_steps=600, batch_size=BATCH),
+            checkpoint=config.CheckpointConfig(interval=50),
+        )
+    )

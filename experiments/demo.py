@@ -1,0 +1,120 @@
+"""What `make demo` runs: trains the demo model, judges it, draws it, and says what to try next.
+
+    python -m experiments.demo --config=experiments/configs/demo.py --workdir=runs/demo
+
+Trains on the embedded corpus (overrides such as --config.training.num_steps=20 work as in train), then
+checks the result: validation bits per byte against a unigram model, every expert alive, and the loss with
+the context shuffled. Done work is not redone. Exits with 1 if the model fails a check.
+"""
+
+import json
+import os
+import pathlib
+
+from absl import flags
+
+from experiments import app
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory of the run.")
+UNIGRAM_MARGIN = 0.25  # bits per byte at least this share below the unigram model
+SHUFFLE_MARGIN = 0.10  # loss with a shuffled context at least this share above
+
+
+def main(argv):
+    """Train, judge, draw, print."""
+    del argv
+    config, workdir = app.config(), pathlib.Path(_WORKDIR.value)
+    app.tune_allocator()
+    from olmoe_jax.training import loop  # noqa: PLC0415: JAX starts after the allocator is set
+
+    result = loop.train(config, workdir)
+    if result.signal is not None:
+        print(f"stopped at step {result.step}; the same command goes on from there")
+        return 128 + result.signal
+    summary_path = workdir / "summary.json"
+    if summary_path.is_file():
+        summary = json.loads(summary_path.read_text())
+    else:
+        summary = judge(config, workdir, result.record)
+        temporary = summary_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        os.replace(temporary, summary_path)
+    picture = workdir / "training.png"
+    if not picture.is_file():
+        from olmoe_jax.training import plots  # noqa: PLC0415: matplotlib is slow to import
+
+        plots.draw_run(workdir, picture, unigram_loss=summary["unigram_loss"])
+    app.write_json(summary)
+    return show(summary, workdir, picture)
+
+
+def judge(config, workdir, record):
+    """Compares the trained model with the baselines; a dict of plain numbers."""
+    import jax  # noqa: PLC0415
+
+    from olmoe_jax import checkpoints, sharding  # noqa: PLC0415
+    from olmoe_jax.model import transformer  # noqa: PLC0415
+    from olmoe_jax.training import runs, validation  # noqa: PLC0415
+
+    data = runs.open_data(config, workdir, print)
+    mesh = sharding.make_mesh(config.mesh)
+    model = transformer.Transformer(config.model, routing_group=config.losses.load_balancing_group)
+    params = checkpoints.read_params(checkpoints.list_checkpoints(workdir)[-1][1], config.model)
+    with jax.set_mesh(mesh):
+        shuffled = validation.Validator(model, config, data, mesh).measure_shuffled(params)
+    unigram = validation.unigram_baseline(data, config)
+    domains = {
+        name: {
+            "bits_per_byte": record[f"validation/{name}/bits_per_byte"],
+            "unigram_bits_per_byte": unigram[f"validation/{name}/unigram_bits_per_byte"],
+        }
+        for name in data.info.domains
+        if f"validation/{name}/loss" in record
+    }
+    return {
+        "step": record["step"],
+        "loss": record["validation/loss"],
+        "unigram_loss": unigram["validation/unigram_loss"],
+        "bits_per_byte": record["validation/bits_per_byte"],
+        "unigram_bits_per_byte": unigram["validation/unigram_bits_per_byte"],
+        "domains": domains,
+        "intact_loss": shuffled["validation/intact_loss"],
+        "shuffled_loss": shuffled["validation/shuffled_loss"],
+        "dead_experts": record["validation/dead_experts"],
+        "expert_backend": json.loads((workdir / "config.json").read_text())["expert_backend"],
+    }
+
+
+def show(summary, workdir, picture):
+    """Prints the verdict and what to do next; the exit status."""
+    below = 1 - summary["bits_per_byte"] / summary["unigram_bits_per_byte"]
+    above = summary["shuffled_loss"] / summary["intact_loss"] - 1
+    checks = [
+        (below >= UNIGRAM_MARGIN, f"{below:.0%} below a unigram model (at least {UNIGRAM_MARGIN:.0%})"),
+        (above >= SHUFFLE_MARGIN, f"shuffling the context raises the loss by {above:.0%} "
+                                  f"({summary['intact_loss']:.2f} → {summary['shuffled_loss']:.2f}; at least "
+                                  f"{SHUFFLE_MARGIN:.0%})"),
+        (summary["dead_experts"] == 0, f"{summary['dead_experts']} dead experts (none)"),
+    ]  # fmt: skip
+    print(f"\nvalidation after {summary['step']} steps, bits per byte (unigram model):")
+    rows = {"all": summary} | summary["domains"]
+    for name, row in rows.items():
+        print(f"  {name:24s} {row['bits_per_byte']:.3f}  ({row['unigram_bits_per_byte']:.3f})")
+    for passed, text in checks:
+        print(f"  {'ok    ' if passed else 'FAILED'} {text}")
+    print(f"""
+where everything is:
+  picture       {picture}
+  metrics       {workdir}/metrics.jsonl   (and {workdir}/tensorboard for TensorBoard)
+  checkpoints   {workdir}/checkpoints/    (parameters at every interval, step 0 included)
+  train state   {workdir}/resume/
+next:
+  python -m experiments.inspect_batch --workdir={workdir} --step=100
+  python -m experiments.train --config=experiments/configs/demo.py --workdir=runs/no_balance \\
+      --config.losses.load_balancing_weight=0.0
+  python -m experiments.prepare_data --input='my_corpus/*.jsonl.gz' --output=prepared --sequence_length=1024""")
+    return 0 if all(passed for passed, _ in checks) else 1
+
+
+if __name__ == "__main__":
+    app.run(main, flags_with_config=True, flags_with_json=True)

@@ -1,0 +1,24 @@
+"""Checkpoints of a run: parameters of every interval, kept for ever, and train states to resume from.
+
+`naming` has their names and places, `layout` the form of the parameters on disk, `manifest` the hashes,
+`writing` and `reading` the rest.
+"""
+
+from olmoe_jax.checkpoints.layout import from_stored, to_stored
+from olmoe_jax.checkpoints.naming import checkpoint_name, find, list_checkpoints, parse_name
+from olmoe_jax.checkpoints.reading import abstract_params, read_config, read_params, read_state
+from olmoe_jax.checkpoints.writing import Checkpoints
+
+__all__ = [
+    "Checkpoints",
+    "abstract_params",
+    "checkpoint_name",
+    "find",
+    "from_stored",
+    "list_checkpoints",
+    "parse_name",
+    "read_config",
+    "read_params",
+    "read_state",
+    "to_stored",
+]

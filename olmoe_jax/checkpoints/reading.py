@@ -1,0 +1,214 @@
+"""Reads kept parameters and train states: onto any mesh, with or without recomputing the hashes."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+from olmoe_jax import config as config_lib
+from olmoe_jax.checkpoints import layout, manifest, naming, quiet
+from olmoe_jax.model import transformer
+
+PARAMS = "params"  # the folder of a kept checkpoint that holds its arrays
+STATE = "state"  # the same, of a whole train state
+CONFIG = "config.json"
+
+
+def abstract_params(model_config) -> dict:
+    """The parameters of a ModelConfig as jax.ShapeDtypeStruct, in the layout of training."""
+    model = transformer.Transformer(model_config)
+    input_ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), input_ids)["params"]
+
+
+def read_config(path) -> config_lib.Config:
+    """The configuration of the run that wrote the checkpoint at `path`.
+
+    Fields that did not exist when it was written have their defaults.
+
+    Raises:
+      ValueError: config.json is missing or damaged, or does not fit this version.
+    """
+    path = epath.Path(path)
+    where = f"checkpoint {path.name}: {CONFIG}"
+    try:
+        values = json.loads((path / CONFIG).read_text())["config"]
+        filled = dataclasses.asdict(config_lib.Config())
+        for name, value in values.items():
+            filled[name] = {**filled.get(name, {}), **value}
+    except FileNotFoundError:
+        raise ValueError(f"{where} is missing, in {path}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where} is damaged ({error!r}), in {path}") from error
+    try:
+        return config_lib.from_flags(config_lib.Config, filled)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where} does not fit this version ({error}), in {path}") from error
+
+
+def read_params(path, model_config=None, shardings=None, *, dtype=None, verify=False) -> dict:
+    """Parameters in the layout of training (layers stacked).
+
+    Args:
+      path: a checkpoint, a workdir (its newest checkpoint is read), or a step directory of a `resume`.
+      model_config: ModelConfig whose parameters are wanted; None: that of the run that wrote them.
+      shardings: where the leaves go: a tree of shardings, one for all, or None: the first device.
+      dtype: dtype of the result; None: as stored.
+      verify: recompute the hashes and name the arrays that are damaged.
+
+    Raises:
+      FileNotFoundError: `path` is no checkpoint.
+      ValueError: the checkpoint is damaged, or holds the parameters of another architecture.
+    """
+    path = naming.find(path)
+    is_state = (path / STATE).is_dir() and not (path / PARAMS).is_dir()
+    item, prefix = (STATE, f"{PARAMS}/") if is_state else (PARAMS, "")
+    stored_config = read_config(path)
+    model_config = stored_config.model if model_config is None else model_config
+    found = {n: x for n, x in manifest.read(path).items() if n.startswith(prefix)}
+    expected = abstract_params(model_config)
+    on_disk = {PARAMS: expected} if is_state else layout.to_stored(expected, model_config)
+    shapes = {n: (x.shape, None) for n, x in layout.flatten(on_disk).items()}
+    _check_leaves(path, found, shapes, stored_config.model, model_config)
+    if verify:
+        check_hashes(path, item, found)
+    expected, out = layout.flatten(expected), {}
+    for name, sharding in _sharding_of_each(shardings, expected).items():
+        # One leaf of training at a time, so that little memory beside the result is needed.
+        names = [prefix + name] if is_state else layout.stored_names(name, model_config)
+        stack = layout.is_stacked(name) and not is_state
+        part_sharding = layout.slice_sharding(sharding) if stack else sharding
+        parts = _restore(path, item, found, {n: part_sharding for n in names})
+        out[name] = _join(stack, dtype and jnp.dtype(dtype).name, sharding)([parts[n] for n in names])
+    return layout.unflatten(out)
+
+
+def read_state(path, abstract_state, model_config=None):
+    """A whole train state, its hashes recomputed.
+
+    Args:
+      path: a step directory of a run's `resume`.
+      abstract_state: tree of jax.ShapeDtypeStruct with shardings (without: the first device).
+      model_config: the ModelConfig of this run, to name what differs.
+
+    Raises:
+      FileNotFoundError: `path` holds no train state.
+      ValueError: it is damaged, or its arrays are not those of `abstract_state`; nothing is converted.
+    """
+    path = epath.Path(path)
+    if not naming.is_complete(path) or not (path / CONFIG).exists():
+        raise FileNotFoundError(f"{path}: no train state; expected a step directory of a run's resume folder")
+    found, wanted = manifest.read(path), layout.flatten(abstract_state)
+    kinds = {n: (x.shape, jnp.dtype(x.dtype).name) for n, x in wanted.items()}
+    _check_leaves(path, found, kinds, read_config(path).model, model_config)
+    check_hashes(path, STATE, found)
+    parts = _restore(path, STATE, found, _sharding_of_each(None, wanted))
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), [parts[n] for n in wanted])
+
+
+def check_hashes(path, item: str, leaves: dict):
+    """Reads every piece of `leaves` ({name: manifest.Leaf}) and compares it with its hash.
+
+    Raises:
+      ValueError: arrays are damaged; the first are named.
+    """
+    text = (path / CONFIG).read_text() if (path / CONFIG).exists() else ""
+    if not (path / item).is_dir():
+        raise ValueError(f"checkpoint {path.name}: the folder {item} is missing, in {path}")
+    if manifest.config_hashes(path) != {hashlib.sha256(text.encode()).hexdigest()}:
+        raise ValueError(f"checkpoint {path.name}: {CONFIG} is not the one that was saved, in {path}")
+    if bad := manifest.damaged_leaves(path, item, leaves):
+        raise ValueError(
+            f"checkpoint {path.name}: {len(bad)} of {len(leaves)} arrays damaged ({_some(bad)}), in {path}"
+        )
+
+
+def _some(names) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _check_leaves(path, found, wanted, stored_model, model=None):
+    """Holds the manifest against {name: (shape, dtype or None)}; says which settings differ."""
+    missing, extra = [n for n in wanted if n not in found], [n for n in found if n not in wanted]
+    wrong = [n for n in wanted if n in found and found[n].shape != tuple(wanted[n][0])]
+    cast = [n for n in wanted if n in found and wanted[n][1] not in (None, found[n].dtype)]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} of {len(wanted)} arrays missing ({_some(missing)})")
+    if extra:
+        problems.append(f"{len(extra)} arrays that are not wanted ({_some(extra)})")
+    if wrong:
+        n = min(wrong)
+        problems.append(
+            f"{len(wrong)} of {len(wanted)} arrays have another shape ({n}: {found[n].shape}, "
+            f"wanted {tuple(wanted[n][0])})"
+        )
+    elif cast:
+        n = min(cast)
+        problems.append(
+            f"{len(cast)} of {len(wanted)} arrays have another dtype ({n}: {found[n].dtype}, "
+            f"wanted {wanted[n][1]})"
+        )
+    if not problems:
+        return
+    text = f"checkpoint {path.name}: {'; '.join(problems)}"
+    if model is not None:
+        pairs = (
+            (f.name, getattr(stored_model, f.name), getattr(model, f.name))
+            for f in dataclasses.fields(model)
+        )
+        if differ := [(name, a, b) for name, a, b in pairs if a != b]:
+            theirs, ours = (", ".join(f"{d[0]}={d[i]}" for d in differ) for i in (1, 2))
+            text += f"; it has {theirs}, this run {ours}"
+    raise ValueError(f"{text}; in {path}")
+
+
+def _sharding_of_each(shardings, leaves: dict) -> dict:
+    """{name: sharding}: from a tree, one for all, the abstract leaves' own, or the first device."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        return dict.fromkeys(leaves, shardings)
+    if shardings is not None:
+        given = layout.flatten(shardings)
+        if set(given) != set(leaves):
+            raise ValueError(f"shardings: differ from the parameters in {_some(set(given) ^ set(leaves))}")
+        return {n: given[n] for n in leaves}
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return {n: getattr(leaf, "sharding", None) or first for n, leaf in leaves.items()}
+
+
+def _restore(path, item: str, leaves: dict, shardings: dict) -> dict:
+    """{name: jax.Array} of the arrays named in `shardings`, in their stored dtype."""
+    quiet.silence_orbax()
+    abstract = {
+        n: jax.ShapeDtypeStruct(leaves[n].shape, jnp.dtype(leaves[n].dtype), sharding=s)
+        for n, s in shardings.items()
+    }
+    tree = layout.unflatten(abstract)
+    args = ocp.args.PyTreeRestore(
+        item=tree,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+        partial_restore=True,
+    )
+    try:
+        restored = layout.flatten(ocp.PyTreeCheckpointHandler().restore(path / item, args=args))
+    except Exception as error:  # whatever Orbax and TensorStore make of damaged files
+        check_hashes(path, item, leaves)  # names the damaged arrays
+        raise ValueError(f"checkpoint {path.name}: {item} cannot be read, in {path}") from error
+    return {n: restored[n] for n in shardings}
+
+
+@functools.lru_cache(maxsize=256)
+def _join(stack, dtype, sharding):
+    """A compiled function from the parts of a training leaf to the leaf."""
+
+    def join(parts):
+        leaf = jnp.stack(parts) if stack else parts[0]
+        return leaf if dtype is None else leaf.astype(dtype)
+
+    return jax.jit(join, out_shardings=sharding)

@@ -1,0 +1,448 @@
+"""Frozen dataclasses that describe a run, their validation, and the way to and from flags.
+
+The dataclasses are the only schema: types, defaults and checks live here. A `ConfigDict` exists
+only between an absl flag and a dataclass and is made *from* the dataclass (`to_flags`,
+`from_flags`), so no field is written twice. Every message names the field as a person types it
+(`config.model.d_ff`).
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+ROUTER_NAMES = ("token_choice", "expert_choice")
+NORM_NAMES = ("rmsnorm", "layernorm_nonparametric")
+DTYPE_NAMES = ("float32", "bfloat16")
+EXPERT_BACKENDS = ("auto", "dense", "ragged", "blocked", "capacity")
+LOAD_BALANCING_CONVENTIONS = ("olmoe", "huggingface", "switch")
+
+
+def _require(condition, field, value, expected):
+    if not condition:
+        raise ValueError(f"config.{field} is {value!r}: {expected}")
+
+
+def _one_of(field, value, choices):
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"config.{field} is {value!r}: must be one of {', '.join(choices)}{hint}")
+
+
+def _at_least(config, section, low, *names):
+    expected = f"must be at least {low}" if low else "must not be negative"
+    for name in names:
+        _require(getattr(config, name) >= low, f"{section}.{name}", getattr(config, name), expected)
+
+
+def _positive(config, section, *names):
+    """None, where a field may have it, passes."""
+    for name in names:
+        value = getattr(config, name)
+        _require(value is None or value > 0, f"{section}.{name}", value, "must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Architecture of a decoder-only Transformer, dense or Mixture-of-Experts.
+
+    Attributes:
+      vocab_size: tokens that may occur. The embedding and the head have `padded_vocab_size` rows;
+        the rows above `vocab_size` are never targets but take part in the softmax, as in OLMoE.
+      vocab_multiple: the embedding is padded up to a multiple of this many rows (OLMoE: 128).
+      d_ff: width of one expert, or of the FFN of a dense layer.
+      num_experts: experts per MoE layer; 0 makes every layer dense.
+      num_experts_per_token: k of the top-k choice; mean experts per token under expert choice.
+      num_shared_experts: experts (each of width d_ff) that every token passes through, unweighted.
+      moe_every: every `moe_every`-th layer is MoE, the last of each group (1: all; 2: 1, 3, …).
+      normalize_expert_weights: divide the k chosen softmax values by their sum (Mixtral does).
+      router: a key of `olmoe_jax.model.routing.ROUTERS`.
+      router_dtype: dtype of the router's matrix product. float32 always but to mimic Hugging Face,
+        whose bf16 models round the logits to bf16. Softmax and top-k are in float32 either way.
+      expert_backend: how experts are computed; "auto" picks by platform (`model.experts`).
+      capacity_factor: only for the dropping "capacity" backend.
+      clip_qkv: clamp of q, k, v to ±clip_qkv, after QK-norm as in Hugging Face; None is off.
+      dtype: compute dtype. Parameters are float32.
+      remat: recompute layers in the backward pass. Routing decisions are saved all the same.
+    """
+
+    vocab_size: int = 50280
+    vocab_multiple: int = 1
+    max_length: int = 4096
+    num_layers: int = 16
+    d_model: int = 2048
+    num_heads: int = 16
+    num_kv_heads: int = 16
+    head_dim: int | None = None
+    d_ff: int = 1024
+    num_experts: int = 64
+    num_experts_per_token: int = 8
+    num_shared_experts: int = 0
+    moe_every: int = 1
+    router: str = "token_choice"
+    normalize_expert_weights: bool = False
+    router_dtype: str = "float32"
+    expert_backend: str = "auto"
+    capacity_factor: float = 1.25
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-5
+    qk_norm: bool = True
+    clip_qkv: float | None = None
+    rope_theta: float = 10000.0
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+    init_cutoff: float | None = 3.0
+    dtype: str = "float32"
+    remat: bool = False
+
+    def __post_init__(self):
+        _at_least(self, "model", 1, "vocab_size", "vocab_multiple", "max_length", "num_layers")
+        _at_least(self, "model", 1, "d_model", "num_heads", "num_kv_heads", "d_ff", "moe_every")
+        _at_least(self, "model", 0, "num_experts", "num_shared_experts", "init_std")
+        _positive(self, "model", "capacity_factor", "norm_eps", "rope_theta")
+        _positive(self, "model", "head_dim", "clip_qkv", "init_cutoff")
+        if self.num_experts:
+            _require(
+                1 <= self.num_experts_per_token <= self.num_experts,
+                "model.num_experts_per_token", self.num_experts_per_token,
+                f"must lie in 1..model.num_experts ({self.num_experts})",
+            )  # fmt: skip
+        else:
+            _require(
+                self.num_shared_experts == 0, "model.num_shared_experts", self.num_shared_experts,
+                "must be 0 in a dense model (model.num_experts=0)",
+            )  # fmt: skip
+        _require(
+            self.num_layers % self.moe_every == 0, "model.moe_every", self.moe_every,
+            f"must divide model.num_layers ({self.num_layers})",
+        )  # fmt: skip
+        _require(
+            self.num_heads % self.num_kv_heads == 0, "model.num_kv_heads", self.num_kv_heads,
+            f"must divide model.num_heads ({self.num_heads})",
+        )  # fmt: skip
+        if self.head_dim is None:
+            _require(
+                self.d_model % self.num_heads == 0, "model.num_heads", self.num_heads,
+                f"must divide model.d_model ({self.d_model}), or set model.head_dim",
+            )  # fmt: skip
+        halves = self.head_size % 2 == 0
+        _require(halves, "model.head_dim", self.head_size, "must be even (rotary halves)")
+        _one_of("model.router", self.router, ROUTER_NAMES)
+        _one_of("model.router_dtype", self.router_dtype, DTYPE_NAMES)
+        _one_of("model.expert_backend", self.expert_backend, EXPERT_BACKENDS)
+        _one_of("model.norm", self.norm, NORM_NAMES)
+        _one_of("model.dtype", self.dtype, DTYPE_NAMES)
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and the head."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer number `layer` (from 0) has experts."""
+        return self.num_experts > 0 and layer % self.moe_every == self.moe_every - 1
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Number of layers with experts."""
+        return self.num_layers // self.moe_every if self.num_experts else 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a run trains on.
+
+    Attributes:
+      path: directory written by `experiments.prepare_data`, or "embedded": the offline corpus that
+        every installation can build, prepared on first use.
+      tokenizer: tokenizer.json that the prepared data must have been made with; None accepts the
+        data's own. For the embedded corpus: tokenise with this file instead of training one.
+      sequence_length: tokens per window. Must equal the prepared data's.
+      start_step: first batch of the data order; an annealing or upcycled run continues from here.
+      mask_repetitive_windows: leave windows out of the loss that repeat an n-gram of 1..13 tokens
+        at least 32 times in a row, as the code that trained OLMoE does.
+      workers: processes that read ahead; 0 reads in the training process.
+      validation_windows: windows evaluated at every checkpoint, spread over the validation split;
+        0: all.
+    """
+
+    path: str = "embedded"
+    tokenizer: str | None = None
+    sequence_length: int = 4096
+    start_step: int = 0
+    mask_repetitive_windows: bool = False
+    workers: int = 0
+    validation_windows: int = 64
+
+    def __post_init__(self):
+        _at_least(self, "data", 2, "sequence_length")
+        _at_least(self, "data", 0, "start_step", "workers", "validation_windows")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossesConfig:
+    """Weights and conventions of the losses (`olmoe_jax.losses` has the formulas).
+
+    Attributes:
+      load_balancing_group: consecutive sequences over which the load-balancing loss takes its
+        statistics, expert choice selects and capacity counts; 0: the whole batch. OLMoE: 4.
+      count_masked: keep masked positions in the cross entropy's denominator (batch · length), as
+        the code that trained OLMoE does; False divides by the real targets.
+    """
+
+    load_balancing_weight: float = 0.01
+    load_balancing_convention: str = "olmoe"
+    load_balancing_group: int = 0
+    router_z_weight: float = 0.001
+    count_masked: bool = False
+
+    def __post_init__(self):
+        _at_least(self, "losses", 0, "load_balancing_weight", "load_balancing_group")
+        _at_least(self, "losses", 0, "router_z_weight")
+        convention = self.load_balancing_convention
+        _one_of("losses.load_balancing_convention", convention, LOAD_BALANCING_CONVENTIONS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule, counted in tokens.
+
+    Attributes:
+      warmup_tokens: linear rise from warmup_start_fraction · learning_rate to learning_rate.
+      decay_tokens: token count at which the schedule reaches final_fraction · learning_rate and
+        stays there; 0: the run's last step.
+      schedule: "cosine", "linear" (annealing: final_fraction 0), or "constant".
+      decay_norms, decay_embeddings: whether weight decay covers norm scales; embedding and head.
+    """
+
+    learning_rate: float = 4e-4
+    schedule: str = "cosine"
+    warmup_tokens: int = 0
+    warmup_start_fraction: float = 0.1
+    decay_tokens: int = 0
+    final_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay_norms: bool = True
+    decay_embeddings: bool = True
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        _one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
+        _positive(self, "optimizer", "learning_rate", "clip_norm", "eps")
+        _at_least(self, "optimizer", 0, "warmup_tokens", "decay_tokens", "weight_decay")
+        for name in ("beta1", "beta2", "warmup_start_fraction", "final_fraction"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"optimizer.{name}", value, "must lie in 0..1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The loop.
+
+    Attributes:
+      batch_size: sequences per step over all devices and processes.
+      micro_batches: parts in which a batch is computed; changes memory, never the gradient.
+      initial_checkpoint: a model directory to start from (any kind that `olmoe_jax.load` takes).
+      initial_optimizer_state: also take the optimizer's moments from it: a step directory of
+        another run's `resume/`.
+      stop_on_nan: stop at a loss or gradient that is not finite (always reported).
+      spike_factor: report a gradient norm above this many times its running mean; 0 is off.
+    """
+
+    num_steps: int = 1000
+    seed: int = 0
+    batch_size: int = 8
+    micro_batches: int = 1
+    log_interval: int = 1
+    initial_checkpoint: str | None = None
+    initial_optimizer_state: bool = False
+    stop_on_nan: bool = True
+    spike_factor: float = 10.0
+
+    def __post_init__(self):
+        _at_least(self, "training", 1, "num_steps", "batch_size", "micro_batches", "log_interval")
+        _at_least(self, "training", 0, "seed", "spike_factor")
+        _require(
+            self.batch_size % self.micro_batches == 0, "training.micro_batches", self.micro_batches,
+            f"must divide training.batch_size ({self.batch_size})",
+        )  # fmt: skip
+        _require(
+            self.initial_checkpoint is not None or not self.initial_optimizer_state,
+            "training.initial_optimizer_state", True, "needs training.initial_checkpoint",
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept.
+
+    Attributes:
+      interval: steps between checkpoints; parameters of every one are kept for ever, step 0 and the
+        last step included.
+      full_state_at: steps whose whole train state (with the optimizer's) is kept for ever as well.
+      dtype: dtype of the kept parameters; the resume state stays float32.
+    """
+
+    interval: int = 100
+    full_state_at: tuple[int, ...] = ()
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        _at_least(self, "checkpoint", 1, "interval")
+        _one_of("checkpoint.dtype", self.dtype, DTYPE_NAMES)
+        for step in self.full_state_at:
+            _require(
+                step > 0 and step % self.interval == 0, "checkpoint.full_state_at", step,
+                f"must be a multiple of checkpoint.interval ({self.interval})",
+            )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1: all that remain."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            valid = size >= 1 or size == -1
+            _require(valid, f"mesh.{name}", size, "must be positive, or -1 for the rest")
+        _require(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "only one axis may be -1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run: what `experiments.train` takes and what its workdir's config.json holds."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    losses: LossesConfig = LossesConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        _require(
+            self.data.sequence_length <= self.model.max_length,
+            "data.sequence_length", self.data.sequence_length,
+            f"must not exceed model.max_length ({self.model.max_length})",
+        )  # fmt: skip
+        group, batch = self.losses.load_balancing_group, self.training.batch_size
+        micro_batch = batch // self.training.micro_batches
+        if group:
+            _require(
+                micro_batch % group == 0, "losses.load_balancing_group", group,
+                f"must divide a micro-batch ({batch} sequences / {self.training.micro_batches} "
+                f"micro-batches = {micro_batch}); 0 takes the whole batch",
+            )  # fmt: skip
+        elif self.model.num_experts and self.model.router == "expert_choice":
+            _require(
+                self.training.micro_batches == 1, "losses.load_balancing_group", group,
+                "expert choice over the whole batch needs training.micro_batches=1; name a group",
+            )  # fmt: skip
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Input tokens of one step, over all devices."""
+        return self.training.batch_size * self.data.sequence_length
+
+
+def to_flags(config) -> ConfigDict:
+    """Dataclass → ConfigDict with the same fields: what `get_config()` of an experiment returns.
+
+    An optional field without a value becomes a typed placeholder, so that it can be overridden.
+    """
+    out = ConfigDict()
+    for name, kind in typing.get_type_hints(type(config)).items():
+        value, args = getattr(config, name), typing.get_args(kind)
+        if types.NoneType in args:
+            out[name] = placeholder(next(a for a in args if a is not types.NoneType))
+        if value is not None:
+            out[name] = to_flags(value) if dataclasses.is_dataclass(value) else value
+    return out
+
+
+def unknown_field(path, name, cls) -> str:
+    """One line that names a field that does not exist and the nearest that does."""
+    near = difflib.get_close_matches(name, [f.name for f in dataclasses.fields(cls)], 1, cutoff=0.0)
+    return f"{path}.{name} does not exist: the nearest field is {path}.{near[0]}"
+
+
+def from_flags(cls, values, path="config"):
+    """ConfigDict or nested dict → dataclass: exactly the fields of `cls`, each of its type.
+
+    Raises:
+      ValueError: a field is unknown (the nearest is named) or missing, or a value is out of range.
+      TypeError: a value has the wrong type.
+    """
+    if not hasattr(values, "keys"):
+        raise TypeError(f"{path} is {values!r}: expected the fields of {cls.__name__}")
+    hints = typing.get_type_hints(cls)
+    names = set(values.keys())
+    for name in sorted(names):
+        if name not in hints:
+            raise ValueError(unknown_field(path, name, cls))
+    if missing := ", ".join(sorted(set(hints) - names)):
+        raise ValueError(f"{path}: missing {missing}; set fields one by one, not a whole section")
+    kwargs = {}
+    for name, kind in hints.items():
+        value = values[name]
+        if dataclasses.is_dataclass(kind):
+            kwargs[name] = from_flags(kind, value, f"{path}.{name}")
+        else:
+            kwargs[name] = _checked(value, kind, f"{path}.{name}")
+    return cls(**kwargs)
+
+
+def _checked(value, kind, path):
+    """`value` as `kind`; int is accepted for float, a list for a tuple, nothing else."""
+    args = typing.get_args(kind)
+    if types.NoneType in args:
+        if value is None:
+            return None
+        kind = next(a for a in args if a is not types.NoneType)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"{path} is {value!r}: expected a tuple such as (100, 200)")
+        return tuple(_checked(v, args[0], f"{path}[{i}]") for i, v in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        got = type(value).__name__
+        raise TypeError(f"{path} is {value!r}: expected {kind.__name__}, got {got}")
+    return value
+
+
+def to_json(config) -> str:
+    """A config as indented JSON text."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def differences(a, b, path="config") -> list[str]:
+    """Fields in which two configs of one type differ: ["config.model.d_ff: 64 != 128", …]."""
+    out = []
+    for field in dataclasses.fields(a):
+        left, right = getattr(a, field.name), getattr(b, field.name)
+        if dataclasses.is_dataclass(left):
+            out += differences(left, right, f"{path}.{field.name}")
+        elif left != right:
+            out.append(f"{path}.{field.name}: {left!r} != {right!r}")
+    return out

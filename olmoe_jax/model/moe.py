@@ -1,0 +1,79 @@
+"""Feed-forward layers: dense SwiGLU, and the Mixture of Experts."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from olmoe_jax import sharding
+from olmoe_jax.model import experts, routing
+from olmoe_jax.model.experts import slots
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: (silu(x @ w_gate) · (x @ w_up)) @ w_down, without biases."""
+
+    d_ff: int
+    dtype: jnp.dtype
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x):
+        d = x.shape[-1]
+        w_gate = self.param("w_gate", self.kernel_init, (d, self.d_ff), jnp.float32)
+        w_up = self.param("w_up", self.kernel_init, (d, self.d_ff), jnp.float32)
+        w_down = self.param("w_down", self.kernel_init, (self.d_ff, d), jnp.float32)
+        hidden = slots.swiglu(x @ w_gate.astype(self.dtype), x @ w_up.astype(self.dtype))
+        return hidden @ w_down.astype(self.dtype)
+
+
+class MoE(nn.Module):
+    """Router, experts and optional shared experts.
+
+    Shared experts are one SwiGLU of width num_shared_experts · d_ff, added unweighted: the same as that
+    many separate ones, as a SwiGLU's hidden units do not interact.
+    """
+
+    num_experts: int
+    num_experts_per_token: int
+    num_shared_experts: int
+    d_ff: int
+    router: str
+    normalize_expert_weights: bool
+    router_dtype: jnp.dtype
+    expert_backend: str
+    capacity_factor: float
+    group: int
+    dtype: jnp.dtype
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x, token_mask):
+        """
+        Args:
+          x: [b, l, d].
+          token_mask: bool [b, l]; False (padding) gets no expert.
+        Returns:
+          ([b, l, d], `routing.Routing` with leading dimensions b, l).
+        """
+        d, e, f = x.shape[-1], self.num_experts, self.d_ff
+        w_router = self.param("router", self.kernel_init, (d, e), jnp.float32)
+        # HIGHEST: on TPU and GPU a float32 product is otherwise rounded to bf16 or TF32.
+        router_logits = jnp.einsum(
+            "bld,de->ble", x.astype(self.router_dtype), w_router.astype(self.router_dtype),
+            precision=jax.lax.Precision.HIGHEST,
+        )  # fmt: skip
+        routed = routing.route(
+            router_logits, token_mask, router=self.router, k=self.num_experts_per_token,
+            normalize=self.normalize_expert_weights, group=self.group,
+        )  # fmt: skip
+        shapes = {"w_gate": (e, d, f), "w_up": (e, d, f), "w_down": (e, f, d)}
+        weights = {name: self.param(name, self.kernel_init, s, jnp.float32) for name, s in shapes.items()}
+        weights = {name: w.astype(self.dtype) for name, w in weights.items()}
+        y = experts.compute(
+            x, routed, weights, backend=self.expert_backend,
+            capacity_factor=self.capacity_factor, group=self.group,
+        )  # fmt: skip
+        if self.num_shared_experts:
+            width = self.num_shared_experts * f
+            y += FeedForward(width, self.dtype, self.kernel_init, name="shared")(x)
+        return sharding.constrain(y, "batch", None, None), routed

@@ -1,0 +1,119 @@
+"""Routers: which experts compute a token, and with what weight.
+
+A router is a pure function from router logits to a `Routing`, a plain value that experts, losses and
+analysis consume without knowing the router. To add one, write the function here and name it in `ROUTERS`.
+
+Letters: b batch, l length, e experts, k chosen experts.
+"""
+
+import difflib
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import ad_checkpoint
+
+
+@flax.struct.dataclass
+class Routing:
+    """Where every token goes.
+
+    Attributes:
+      logits: float32 [..., experts], before the softmax.
+      expert_ids: int32 [..., k], by falling weight under token choice; −1 where there is no expert (padding,
+        and under expert choice, where k = experts, every expert that did not choose the token).
+      weights: float32 [..., k], the factor of that expert's output; 0 where expert_ids is −1.
+      num_slots: an upper bound, known at trace time, of how many expert_ids are not −1.
+    """
+
+    logits: jax.Array
+    expert_ids: jax.Array
+    weights: jax.Array
+    num_slots: int = flax.struct.field(pytree_node=False)
+
+
+def token_choice(router_logits, token_mask, *, k, normalize, group):
+    """Each token takes its k most probable experts; nothing is dropped.
+
+    Args:
+      router_logits: float32 [b, l, e].
+      token_mask: bool [b, l]; not used here (`route` removes padding from every router's choice).
+      k: experts per token.
+      normalize: divide the k probabilities by their sum (Mixtral); OLMoE keeps the raw softmax values.
+      group: not used: each token chooses alone.
+    Source: OLMoE (arXiv 2409.02060). Softmax over all experts comes first, then top-k; equal
+      probabilities go to the lowest expert id.
+    """
+    del token_mask, group
+    probs = jax.nn.softmax(router_logits)
+    _, expert_ids = jax.lax.top_k(jax.lax.stop_gradient(probs), k)
+    expert_ids = ad_checkpoint.checkpoint_name(expert_ids, "expert_ids")
+    weights = jnp.take_along_axis(probs, expert_ids, axis=-1)
+    if normalize:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return Routing(router_logits, expert_ids, weights, expert_ids.size)
+
+
+def expert_choice(router_logits, token_mask, *, k, normalize, group):
+    """Each expert takes the k · tokens / experts tokens of a group that give it the highest probability.
+
+    Perfectly balanced, but not causal: whether a token is computed depends on later ones.
+
+    Args: as `token_choice`, and
+      k: mean experts per token.
+      group: consecutive sequences that experts choose from; 0 is the whole batch.
+    Source: Zhou et al. (arXiv 2202.09368) as in OLMoE's ablation: the combine weight is the softmax over
+      experts. The paper's code chooses per sequence (group 1) or over the batch (group 0).
+    """
+    b, length, experts = router_logits.shape
+    tokens = (group or b) * length
+    probs = jax.nn.softmax(router_logits)
+    scores = jnp.where(token_mask[..., None], probs, -1.0).reshape(-1, tokens, experts)
+    per_expert = max(1, k * tokens // experts)
+    _, chosen = jax.lax.top_k(jnp.swapaxes(scores, 1, 2), per_expert)  # [groups, e, per_expert]
+    group_index, expert_index = jnp.ogrid[: chosen.shape[0], :experts]
+    selected = jnp.zeros(scores.shape, bool)
+    selected = selected.at[group_index[..., None], chosen, expert_index[..., None]].set(True)
+    selected = selected.reshape(b, length, experts) & token_mask[..., None]
+    weights = jnp.where(selected, probs, 0.0)
+    if normalize:
+        weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-9)
+    expert_ids = jnp.where(selected, jnp.arange(experts, dtype=jnp.int32), -1)
+    return Routing(router_logits, expert_ids, weights, chosen.size)
+
+
+ROUTERS = {"token_choice": token_choice, "expert_choice": expert_choice}
+
+
+def get(name):
+    """The router called `name`.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if name not in ROUTERS:
+        near = difflib.get_close_matches(str(name), ROUTERS, 1, cutoff=0.0)[0]
+        raise ValueError(
+            f"config.model.router is {name!r}: must be one of {', '.join(ROUTERS)} (nearest: {near})"
+        )
+    return ROUTERS[name]
+
+
+def route(router_logits, token_mask, *, router, k, normalize=False, group=0) -> Routing:
+    """Routing of every token by the router named `router`; padding gets no expert.
+
+    The decision is named for `jax.checkpoint`: a layer that is recomputed in the backward pass reuses the
+    saved logits, ids and weights (`SAVED_NAMES`). Recomputed logits may differ in the last bit and choose
+    another expert on a near-tie; the backward pass would then belong to another model.
+    """
+    name = ad_checkpoint.checkpoint_name
+    router_logits = name(router_logits.astype(jnp.float32), "router_logits")
+    routing = get(router)(router_logits, token_mask, k=k, normalize=normalize, group=group)
+    real = token_mask[..., None]
+    return routing.replace(
+        expert_ids=name(jnp.where(real, routing.expert_ids, -1), "expert_ids"),
+        weights=name(jnp.where(real, routing.weights, 0.0), "expert_weights"),
+    )
+
+
+SAVED_NAMES = ("router_logits", "expert_ids", "expert_weights")

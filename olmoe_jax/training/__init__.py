@@ -1,0 +1,1 @@
+"""Training: optimizer and schedule, the train step, the loop, metrics."""

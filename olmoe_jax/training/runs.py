@@ -1,0 +1,107 @@
+"""A run's workdir: its config.json, and whether a config and its data belong to it."""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+from olmoe_jax import config as config_lib
+from olmoe_jax.data import pipeline
+from olmoe_jax.model import experts
+from olmoe_jax.training import metrics
+
+# Fields that a run may change when it resumes: they do not change what is computed at a step.
+_MAY_CHANGE = (
+    "config.training.log_interval",
+    "config.training.stop_on_nan",
+    "config.training.spike_factor",
+    "config.checkpoint.full_state_at",
+    "config.data.workers",
+    "config.mesh.",
+)
+
+
+def read_config(workdir):
+    """The (Config, whole config.json as a dict) of a run.
+
+    Raises:
+      FileNotFoundError: the workdir holds no run.
+      ValueError: config.json is not of this version.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; {workdir} is not the workdir of a run")
+    try:
+        content = json.loads(path.read_text())
+        return config_lib.from_flags(config_lib.Config, content["config"]), content
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a config.json of this version ({error})") from error
+
+
+def check_workdir(workdir, config, announce):
+    """Refuses a workdir that holds a run of another configuration, and says which fields differ.
+
+    `training.num_steps` may grow; where the learning rate depends on it, that is announced.
+    """
+    if not (pathlib.Path(workdir) / "config.json").is_file():
+        return
+    found, _ = read_config(workdir)
+    differ = [d for d in config_lib.differences(found, config) if not d.startswith(_MAY_CHANGE)]
+    steps = "config.training.num_steps:"
+    if config.training.num_steps > found.training.num_steps:
+        if any(d.startswith(steps) for d in differ) and (
+            config.optimizer.schedule != "constant" and not config.optimizer.decay_tokens
+        ):
+            announce(
+                f"note: the learning rate now falls until step {config.training.num_steps}, not "
+                f"{found.training.num_steps}; config.optimizer.decay_tokens fixes its end"
+            )
+        differ = [d for d in differ if not d.startswith(steps)]
+    if differ:
+        raise ValueError(
+            f"{workdir} holds a run of another configuration (its value != this one): "
+            f"{'; '.join(differ)}. Name another --workdir, or run it as it was"
+        )
+
+
+def open_data(config, workdir, announce):
+    """The prepared data of a run, checked against its config.
+
+    Raises:
+      FileNotFoundError, ValueError: it is absent or incomplete, or its tokenizer, vocabulary or window
+        length is not the config's.
+    """
+    path, length = config.data.path, config.data.sequence_length
+    if path == "embedded":
+        path = pipeline.ensure_embedded(
+            pathlib.Path(workdir) / "data",
+            sequence_length=length,
+            vocab_size=config.model.vocab_size,
+            tokenizer=config.data.tokenizer,
+            announce=announce,
+        )
+    data = pipeline.open(path, tokenizer=config.data.tokenizer, sequence_length=length)
+    if data.info.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"config.model.vocab_size is {config.model.vocab_size}: the tokenizer of {path} has "
+            f"{data.info.vocab_size} entries; set config.model.vocab_size to at least that"
+        )
+    return data
+
+
+def write_config(workdir, config, *, data, peak):
+    """Writes config.json: the config, where its data lies, and what it runs on."""
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    content = {
+        "config": dataclasses.asdict(config),
+        "data_path": str(pathlib.Path(data.path).resolve()),
+        "tokenizer_sha256": data.info.tokenizer_sha256,
+        "expert_backend": experts.resolve(config.model.expert_backend) if config.model.num_experts else None,
+        "peak_flops_per_device": peak[0],
+        "peak_flops_source": peak[1],
+        "environment": metrics.environment(),
+    }
+    temporary = workdir / "config.json.tmp"
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, workdir / "config.json")
