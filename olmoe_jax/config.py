@@ -15,10 +15,8 @@ import typing
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-ROUTER_NAMES = ("token_choice", "expert_choice")
 NORM_NAMES = ("rmsnorm", "layernorm_nonparametric")
 DTYPE_NAMES = ("float32", "bfloat16")
-EXPERT_BACKENDS = ("auto", "dense", "ragged", "blocked", "capacity")
 LOAD_BALANCING_CONVENTIONS = ("olmoe", "huggingface", "switch")
 
 
@@ -61,7 +59,7 @@ class ModelConfig:
       num_shared_experts: experts (each of width d_ff) that every token passes through, unweighted.
       moe_every: every `moe_every`-th layer is MoE, the last of each group (1: all; 2: 1, 3, …).
       normalize_expert_weights: divide the k chosen softmax values by their sum (Mixtral does).
-      router: a key of `olmoe_jax.model.routing.ROUTERS`.
+      router: a key of `olmoe_jax.model.routing.ROUTERS` (checked there: a new router is one file).
       router_dtype: dtype of the router's matrix product. float32 always but to mimic Hugging Face,
         whose bf16 models round the logits to bf16. Softmax and top-k are in float32 either way.
       expert_backend: how experts are computed; "auto" picks by platform (`model.experts`).
@@ -132,9 +130,7 @@ class ModelConfig:
             )  # fmt: skip
         halves = self.head_size % 2 == 0
         _require(halves, "model.head_dim", self.head_size, "must be even (rotary halves)")
-        _one_of("model.router", self.router, ROUTER_NAMES)
         _one_of("model.router_dtype", self.router_dtype, DTYPE_NAMES)
-        _one_of("model.expert_backend", self.expert_backend, EXPERT_BACKENDS)
         _one_of("model.norm", self.norm, NORM_NAMES)
         _one_of("model.dtype", self.dtype, DTYPE_NAMES)
 

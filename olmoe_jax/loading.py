@@ -1,7 +1,7 @@
 """`load`: a model and its parameters from a directory, whichever of the four kinds it is.
 
-The kinds: a run's workdir (its newest checkpoint), one checkpoint of a run, an Orbax directory written by
-`experiments.port_weights`, and a Hugging Face folder.
+The kinds: a run's workdir (its newest checkpoint), one checkpoint of a run, an Orbax directory
+written by `experiments.port_weights`, and a Hugging Face folder.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ def kind_of(directory) -> str:
     """Which kind of model directory this is: "workdir", "checkpoint", "orbax" or "huggingface".
 
     Raises:
-      FileNotFoundError: it does not exist, or is none of them; the message lists what was looked for.
+      FileNotFoundError: it does not exist, or is none; the message lists what was looked for.
     """
     path = epath.Path(directory)
     if not path.exists():
@@ -59,12 +59,14 @@ def kind_of(directory) -> str:
     }
     there = ", ".join(sorted(names)[:8]) + (", …" if len(names) > 8 else "") if names else "nothing"
     missing = ", ".join(n for n, present in lacking.items() if not present)
-    raise FileNotFoundError(f"{path}: no model; it holds {there}; missing {missing}; expected {_EXPECTED}")
+    raise FileNotFoundError(
+        f"{path}: no model; it holds {there}; missing {missing}; expected {_EXPECTED}"
+    )
 
 
 _EXPECTED = (
-    "a run's workdir, one of its checkpoints (such as step5000-tokens20B), an Orbax directory written by "
-    "experiments.port_weights, or a Hugging Face folder (config.json and *.safetensors)"
+    "a run's workdir, one of its checkpoints (such as step5000-tokens20B), an Orbax directory "
+    "written by experiments.port_weights, or a Hugging Face folder (config.json and *.safetensors)"
 )
 
 
@@ -80,9 +82,9 @@ def load(directory, *, dtype=None, sharding=None, verify=False):
 
     Args:
       directory: a run's workdir (the newest checkpoint is taken) or one checkpoint.
-      dtype: str or dtype of the parameters and of the computation; None: parameters as they are stored,
-        computation as in the run.
-      sharding: a jax.sharding.Mesh (the leaves are laid out by `olmoe_jax.sharding`), one sharding for
+      dtype: str or dtype of the parameters and of the computation; None: parameters as they are
+        stored, computation as in the run.
+      sharding: a jax.sharding.Mesh (leaves are laid out by `olmoe_jax.sharding`), one sharding for
         all leaves, or a tree of shardings; None: the first device.
       verify: recompute the hashes of the stored bytes first and name arrays that are damaged.
 
@@ -97,7 +99,8 @@ def load(directory, *, dtype=None, sharding=None, verify=False):
     if kind not in (WORKDIR, CHECKPOINT):
         what = {ORBAX: "an Orbax directory", HUGGING_FACE: "a Hugging Face folder"}[kind]
         raise ValueError(
-            f"{directory}: found {what}; this version reads a run's workdir or one of its checkpoints only"
+            f"{directory}: found {what}; this version reads only a run's workdir or one of its "
+            "checkpoints"
         )
     path = checkpoints.find(directory)
     config = checkpoints.read_config(path)
@@ -110,6 +113,10 @@ def load(directory, *, dtype=None, sharding=None, verify=False):
             raise ValueError(f"dtype is {dtype!r}: must be one of {choices}") from None
         model_config = dataclasses.replace(model_config, dtype=dtype)
     if isinstance(sharding, jax.sharding.Mesh):
-        sharding = sharding_lib.parameter_shardings(checkpoints.abstract_params(model_config), sharding)
+        sharding = sharding_lib.parameter_shardings(
+            checkpoints.abstract_params(model_config), sharding
+        )
     params = checkpoints.read_params(path, model_config, sharding, dtype=dtype, verify=verify)
-    return transformer.Transformer(model_config, routing_group=config.losses.load_balancing_group), params
+    return transformer.Transformer(
+        model_config, routing_group=config.losses.load_balancing_group
+    ), params

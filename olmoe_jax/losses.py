@@ -114,7 +114,8 @@ def _cross_entropy_forward(hidden, head, targets, weights):
 
 def _cross_entropy_backward(residuals, g):
     d_hidden, d_head = residuals
-    return (d_hidden * g.astype(d_hidden.dtype), d_head * g.astype(d_head.dtype), None, None)
+    d_hidden = (d_hidden * g).astype(d_hidden.dtype)  # g stays float32: rounded, it would bias all of it
+    return (d_hidden, (d_head * g).astype(d_head.dtype), None, None)
 
 
 cross_entropy_sum.defvjp(_cross_entropy_forward, _cross_entropy_backward)

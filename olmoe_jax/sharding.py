@@ -51,7 +51,13 @@ PARAMETER_AXES = (
 )
 
 # The config field that a mesh axis must divide, for the error message.
-_FIELD_OF_AXIS = {"d_model": "d_model", "experts": "num_experts", "heads": "num_heads", "d_ff": "d_ff"}
+_FIELD_OF_AXIS = {
+    "d_model": "d_model",
+    "experts": "num_experts",
+    "heads": "num_heads",
+    "d_ff": "d_ff",
+    "vocab": "vocab_multiple",  # the vocabulary is padded up to a multiple of it
+}
 
 
 def make_mesh(config, devices=None) -> Mesh:

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: parameters of every interval, kept for ever, and train states to resume from.
+"""Checkpoints of a run: parameters of every interval, kept for ever, and states to resume from.
 
-`naming` has their names and places, `layout` the form of the parameters on disk, `manifest` the hashes,
-`writing` and `reading` the rest.
+`naming` has their names and places, `layout` the form of the parameters on disk, `manifest` the
+hashes, `writing` and `reading` the rest.
 """
 
 from olmoe_jax.checkpoints.layout import from_stored, to_stored

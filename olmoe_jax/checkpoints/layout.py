@@ -1,8 +1,8 @@
 """How parameters lie on disk: one array per tensor and layer, however training stacks them.
 
-In training, the layers of one place p in the repeating pattern are stacked (`layers/block_p/…`, leading
-dimension j); on disk layer i = p + moe_every · j is `layers/II/…`. One layer can then be read alone, a
-model can be read under another stacking, and no array outgrows a small machine.
+In training, the layers of one place p in the repeating pattern are stacked (`layers/block_p/…`,
+leading dimension j); on disk layer i = p + moe_every · j is `layers/II/…`. One layer can then be
+read alone, a model can be read under another stacking, and no array outgrows a small machine.
 """
 
 import re
@@ -19,7 +19,9 @@ _LAYER = re.compile(r"layers/(\d+)/(.+)")
 
 def flatten(tree) -> dict:
     """Tree → {"layers/00/moe/router": leaf, …} in the tree's order; empty nodes vanish."""
-    return {sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def unflatten(leaves: dict) -> dict:
@@ -104,7 +106,9 @@ def from_stored(stored, config) -> dict:
             continue
         names = stored_names(training, config)
         if missing := [n for n in names if n not in leaves]:
-            raise ValueError(f"{len(missing)} of {len(names)} layers of {training} are missing ({missing[0]}, …)")
+            raise ValueError(
+                f"{len(missing)} of {len(names)} layers of {training} are missing ({missing[0]}, …)"
+            )
         parts = [leaves[n] for n in names]
         if not is_stacked(training):
             out[training] = parts[0]

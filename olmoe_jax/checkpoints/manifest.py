@@ -1,15 +1,15 @@
 """The manifest of a checkpoint: what its arrays are, with a hash of every piece that was written.
 
-Orbax and TensorStore keep no checksum of array data and return wrong numbers for a flipped bit without an
-error. So each process hashes the pieces that it holds (the shards with replica_id 0), in the background,
-from the same host memory that Orbax writes, and its JSON file is part of the same atomic save:
+Orbax and TensorStore keep no checksum of array data and return wrong numbers for a flipped bit
+without an error. So each process hashes the pieces that it holds (the shards with replica_id 0), in the
+background, from the host memory that Orbax writes too, and its JSON file is part of the same save:
 
     manifest/process_0.json   {"process": 0, "process_count": 1, "hash": "sha256", "leaves": {NAME:
                                {"shape": […], "dtype": "float32", "pieces":
                                 [{"start": […], "shape": […], "sha256": "…"}, …]}}}
 
-Hashed are the bytes of a piece in row-major order, little-endian. Pieces do not depend on the mesh that
-reads: they are read from the disk as they are.
+Hashed are the bytes of a piece in row-major order, little-endian. Pieces do not depend on the mesh
+that reads: they are read from the disk as they are.
 """
 
 import concurrent.futures
@@ -62,7 +62,7 @@ def digest(array) -> str:
 def own_pieces(leaves: dict) -> list[tuple[str, tuple, np.ndarray]]:
     """(name, start, bytes on the host) of the pieces of {name: jax.Array} that this process writes.
 
-    On CPU the bytes may be the array's own memory: the array must not be donated while they are in use.
+    On CPU the bytes may be the array's own memory, which must not be donated while they are in use.
     """
     out = []
     for name, leaf in leaves.items():
@@ -84,7 +84,7 @@ class Handler(ocp.PyTreeCheckpointHandler):
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="manifest")
 
     async def async_save(self, directory, args):
-        """Starts both in the background. Copies no array: `args` must hold what nobody overwrites."""
+        """Starts both in the background. Copies nothing: nobody may overwrite what `args` holds."""
         arrays = await super().async_save(directory, args=args)
         # Last, so that a failure here does not abandon array writes under way.
         return [*(arrays or []), self._executor.submit(_write, directory.parent, args)]
@@ -116,7 +116,7 @@ class RestoreArgs(ocp.args.PyTreeRestore):
 
 
 def _write(path, args):
-    """Hashes the pieces and writes this process's files into the directory `path` of the checkpoint."""
+    """Hashes the pieces and writes this process's files into the checkpoint's directory `path`."""
     leaves = {
         name: {"shape": list(leaf.shape), "dtype": jnp.dtype(leaf.dtype).name, "pieces": []}
         for name, leaf in layout.flatten(args.item).items()
@@ -161,22 +161,31 @@ def read(path) -> dict[str, Leaf]:
                     Piece(tuple(p["start"]), tuple(p["shape"]), p["sha256"]) for p in leaf["pieces"]
                 )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where}: {FOLDER}/{file.name} is damaged ({error!r}), in {path}") from error
+            raise ValueError(
+                f"{where}: {FOLDER}/{file.name} is damaged ({error!r}), in {path}"
+            ) from error
         process += 1
-    manifest = {name: Leaf(shape, dtype, tuple(pieces)) for name, (shape, dtype, pieces) in out.items()}
+    manifest = {
+        name: Leaf(shape, dtype, tuple(pieces)) for name, (shape, dtype, pieces) in out.items()
+    }
     for name, leaf in manifest.items():
         if sum(math.prod(p.shape) for p in leaf.pieces) != math.prod(leaf.shape):
-            raise ValueError(f"{where}: {FOLDER} is damaged (pieces of {name} do not cover it), in {path}")
+            raise ValueError(
+                f"{where}: {FOLDER} is damaged (pieces of {name} do not cover it), in {path}"
+            )
     return manifest
 
 
 def config_hashes(path) -> set[str]:
     """The hashes of config.json that the processes of a checkpoint noted."""
-    return {json.loads(f.read_text()).get("config_sha256") for f in (path / FOLDER).glob("process_*.json")}
+    return {
+        json.loads(f.read_text()).get("config_sha256")
+        for f in (path / FOLDER).glob("process_*.json")
+    }
 
 
 def damaged_leaves(path, item: str, manifest: dict[str, Leaf]) -> list[str]:
-    """Names of the leaves in `manifest` whose bytes on disk are not those that were saved, or unreadable.
+    """Names of the leaves whose bytes on disk cannot be read or are not those that were saved.
 
     Every process checks its part of the pieces and all get the same answer.
 
@@ -206,7 +215,9 @@ def damaged_leaves(path, item: str, manifest: dict[str, Leaf]) -> list[str]:
             continue
         try:
             if name not in stores:
-                stores[name] = ts.open(_spec(path / item, name), read=True, open=True, context=context).result()
+                stores[name] = ts.open(
+                    _spec(path / item, name), read=True, open=True, context=context
+                ).result()
             store = stores[name]
             window = tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))
             same = (store.shape, store.dtype.name) == (manifest[name].shape, manifest[name].dtype)

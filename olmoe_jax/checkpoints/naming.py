@@ -42,7 +42,7 @@ def parse_name(name: str) -> int | None:
 
 
 def is_complete(path) -> bool:
-    """Whether `path` is a finished save: a directory under a final name, on an object store a marked one."""
+    """Whether `path` is a finished save: under a final name, and on an object store marked so."""
     path = epath.Path(path)
     if parse_name(path.name) is None or not path.is_dir():
         return False
@@ -58,7 +58,7 @@ def list_complete(folder) -> list[tuple[int, epath.Path]]:
 
 
 def list_checkpoints(workdir) -> list[tuple[int, epath.Path]]:
-    """(step, path) of the kept parameters of a run, by rising step; unfinished saves do not show."""
+    """(step, path) of a run's kept parameters, by rising step; unfinished saves do not show."""
     return list_complete(epath.Path(workdir) / CHECKPOINTS)
 
 
@@ -88,7 +88,7 @@ def remove_leftover(path):
 
 
 def remove(path):
-    """Removes a finished save such that a kill in between leaves no directory that looks finished."""
+    """Removes a finished save such that a kill in between leaves nothing that looks finished."""
     path = epath.Path(path)
     if "://" in str(path):
         (path / COMMIT_FILE).unlink(missing_ok=True)
@@ -105,7 +105,9 @@ def find(path) -> epath.Path:
     """
     path = epath.Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such directory; expected a run's workdir or one of its checkpoints")
+        raise FileNotFoundError(
+            f"{path}: no such directory; expected a run's workdir or one of its checkpoints"
+        )
     if is_complete(path):
         return path
     if path.name.split(TEMPORARY)[0] != path.name:

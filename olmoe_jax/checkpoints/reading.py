@@ -23,7 +23,9 @@ def abstract_params(model_config) -> dict:
     """The parameters of a ModelConfig as jax.ShapeDtypeStruct, in the layout of training."""
     model = transformer.Transformer(model_config)
     input_ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    return jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), input_ids)["params"]
+    return jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), input_ids)[
+        "params"
+    ]
 
 
 def read_config(path) -> config_lib.Config:
@@ -55,7 +57,7 @@ def read_params(path, model_config=None, shardings=None, *, dtype=None, verify=F
     """Parameters in the layout of training (layers stacked).
 
     Args:
-      path: a checkpoint, a workdir (its newest checkpoint is read), or a step directory of a `resume`.
+      path: a checkpoint, a workdir (its newest is read), or a step directory of a run's `resume`.
       model_config: ModelConfig whose parameters are wanted; None: that of the run that wrote them.
       shardings: where the leaves go: a tree of shardings, one for all, or None: the first device.
       dtype: dtype of the result; None: as stored.
@@ -84,7 +86,9 @@ def read_params(path, model_config=None, shardings=None, *, dtype=None, verify=F
         stack = layout.is_stacked(name) and not is_state
         part_sharding = layout.slice_sharding(sharding) if stack else sharding
         parts = _restore(path, item, found, {n: part_sharding for n in names})
-        out[name] = _join(stack, dtype and jnp.dtype(dtype).name, sharding)([parts[n] for n in names])
+        out[name] = _join(stack, dtype and jnp.dtype(dtype).name, sharding)(
+            [parts[n] for n in names]
+        )
     return layout.unflatten(out)
 
 
@@ -98,11 +102,13 @@ def read_state(path, abstract_state, model_config=None):
 
     Raises:
       FileNotFoundError: `path` holds no train state.
-      ValueError: it is damaged, or its arrays are not those of `abstract_state`; nothing is converted.
+      ValueError: it is damaged, or its arrays are not those of `abstract_state` (no cast).
     """
     path = epath.Path(path)
     if not naming.is_complete(path) or not (path / CONFIG).exists():
-        raise FileNotFoundError(f"{path}: no train state; expected a step directory of a run's resume folder")
+        raise FileNotFoundError(
+            f"{path}: no train state; expected a step directory of a run's resume folder"
+        )
     found, wanted = manifest.read(path), layout.flatten(abstract_state)
     kinds = {n: (x.shape, jnp.dtype(x.dtype).name) for n, x in wanted.items()}
     _check_leaves(path, found, kinds, read_config(path).model, model_config)
@@ -121,10 +127,13 @@ def check_hashes(path, item: str, leaves: dict):
     if not (path / item).is_dir():
         raise ValueError(f"checkpoint {path.name}: the folder {item} is missing, in {path}")
     if manifest.config_hashes(path) != {hashlib.sha256(text.encode()).hexdigest()}:
-        raise ValueError(f"checkpoint {path.name}: {CONFIG} is not the one that was saved, in {path}")
+        raise ValueError(
+            f"checkpoint {path.name}: {CONFIG} is not the one that was saved, in {path}"
+        )
     if bad := manifest.damaged_leaves(path, item, leaves):
         raise ValueError(
-            f"checkpoint {path.name}: {len(bad)} of {len(leaves)} arrays damaged ({_some(bad)}), in {path}"
+            f"checkpoint {path.name}: {len(bad)} of {len(leaves)} arrays damaged ({_some(bad)}), "
+            f"in {path}"
         )
 
 
@@ -176,7 +185,9 @@ def _sharding_of_each(shardings, leaves: dict) -> dict:
     if shardings is not None:
         given = layout.flatten(shardings)
         if set(given) != set(leaves):
-            raise ValueError(f"shardings: differ from the parameters in {_some(set(given) ^ set(leaves))}")
+            raise ValueError(
+                f"shardings: differ from the parameters in {_some(set(given) ^ set(leaves))}"
+            )
         return {n: given[n] for n in leaves}
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return {n: getattr(leaf, "sharding", None) or first for n, leaf in leaves.items()}

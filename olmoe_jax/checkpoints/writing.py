@@ -20,8 +20,8 @@ class Checkpoints:
     """The checkpoints of a run. A context manager: leaving it waits for the saves under way.
 
     A save returns when the arrays are copied; hashing, writing and the final rename happen in the
-    background. What goes wrong there is raised by the next save, `wait` or `close`. On several processes
-    all must make the same calls.
+    background. What goes wrong there is raised by the next save of that kind, `wait` or `close`. On
+    several processes all must make the same calls.
 
     Args:
       workdir: the run's directory, made if absent. What a killed save left there is removed.
@@ -61,7 +61,7 @@ class Checkpoints:
             self._report(f"error: {error}")
 
     def save_params(self, step: int, params) -> bool:
-        """Starts to save the parameters of `step` in checkpoint.dtype; False if they are there already.
+        """Starts to save parameters in checkpoint.dtype; False if those of `step` are there already.
 
         Args:
           params: the training tree of jax.Arrays; may be donated as soon as this returns.
@@ -78,8 +78,9 @@ class Checkpoints:
     def save_state(self, step: int, state) -> bool:
         """Starts to save a whole train state; False if it is there already.
 
-        The newest two are kept, and for ever those at the steps in checkpoint.full_state_at. An older
-        one is removed when the new one is complete and `wait`, `close` or the next save notices.
+        The newest two are kept, and for ever those at the steps in checkpoint.full_state_at. An
+        older one goes when the new one is complete and `wait`, `close` or the next save notices:
+        until then there are three.
 
         Args:
           state: any tree of jax.Arrays; may be donated as soon as this returns.
@@ -91,7 +92,7 @@ class Checkpoints:
         if path is None:
             return False
         if jax.default_backend() == "cpu":
-            # There the host's view of an array is the array, and the next step overwrites a donated one.
+            # There the host's view of an array is its memory, which the next step may be given.
             state = jax.tree.map(jnp.copy, state)
         self._save(reading.STATE, step, path, layout.unflatten(layout.flatten(state)))
         return True
@@ -144,7 +145,9 @@ class Checkpoints:
             return reading.read_state(states[-1][1], abstract_state, self._config.model)
         except ValueError as error:
             older = f"resume from {states[-2][1].name}" if len(states) > 1 else "start from step 0"
-            raise ValueError(f"{error}; if it is damaged, delete that directory to {older}") from error
+            raise ValueError(
+                f"{error}; if it is damaged, delete that directory to {older}"
+            ) from error
 
     def _slices(self, params):
         """`params` as on disk, in checkpoint.dtype: new arrays, which no donation can touch."""
@@ -157,14 +160,16 @@ class Checkpoints:
 
             def slices(tree):
                 # copy: an output that is an input unchanged would share its memory
-                return jax.tree.map(lambda x: jnp.copy(x).astype(dtype), layout.to_stored(tree, model))
+                return jax.tree.map(
+                    lambda x: jnp.copy(x).astype(dtype), layout.to_stored(tree, model)
+                )
 
             out = jax.tree.map(lambda x: x.sharding, stored)
             self._compiled = abstract, jax.jit(slices, out_shardings=out)
         return self._compiled[1](params)
 
     def _begin(self, item, step):
-        """Where to save `step`, once the save before it is complete; None if it is there already."""
+        """Where to save `step`, when the save before is complete; None if it is there already."""
         self._finish(item)
         folder = self._kept if item == reading.PARAMS else self._resume
         path = folder / naming.checkpoint_name(step, step * self._config.tokens_per_step)
@@ -208,7 +213,7 @@ def _writer(item):
     options = ocp.options.AsyncOptions(
         timeout_secs=SECONDS_PER_SAVE, create_directories_asynchronously=False
     )
-    # zstd saves a tenth of float32 weights: worth its time for what is kept, not for what is replaced.
+    # zstd saves a tenth of float32 weights: worth its time for what is kept, not for the rest.
     arrays = manifest.Handler(
         use_compression=item == reading.PARAMS, multiprocessing_options=processes
     )
@@ -234,7 +239,10 @@ def _failure(path, error) -> OSError:
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "ENOSPC" in text:
         code, reason = errno.ENOSPC, "no space left on the disk; free some"
     else:
-        code, reason = getattr(error, "errno", None), text.splitlines()[0][:200] if text else repr(error)
+        code, reason = (
+            getattr(error, "errno", None),
+            text.splitlines()[0][:200] if text else repr(error),
+        )
     message = (
         f"checkpoint {path.name} was not saved in {path.parent}: {reason}. Earlier checkpoints are "
         "complete; running the same command again resumes from the newest"

@@ -1,11 +1,13 @@
 """Documents out of files: Dolma-format JSON lines (plain, .gz, .zst) and plain text, as a stream.
 
-A corpus is read in *slices*: a few megabytes of whole records that can be handed to another process, hashed and
-tokenised on their own. What a slice holds depends only on the file, never on who reads it.
+A corpus is read in *slices*: a few megabytes of whole records that can be handed to another
+process, hashed and tokenised on their own. What a slice holds depends only on the file, never on
+who reads it.
 
-Dolma format: one JSON object per line with `text`, and if present `id`, `source` (which names the domain) and `metadata`;
-a `domain` field, where there is one, names the domain instead. A text file is one domain, named by its stem, and is cut into documents
-at a line `<|endoftext|>`, at the first blank line after DOCUMENT_BYTES, or at the first line end after twice that.
+Dolma format: one JSON object per line with `text`, and if present `id`, `source` (which names the
+domain) and `metadata`; a `domain` field, where there is one, names the domain instead. A text file
+is one domain, named by its stem, and is cut into documents at a line `<|endoftext|>`, at the first
+blank line after DOCUMENT_BYTES, or at the first line end after twice that.
 """
 
 import dataclasses
@@ -46,7 +48,8 @@ class Slice:
       name: the file, as errors and ids name it.
       first_line: line number (from 1) of the first record.
       payload: the records' bytes.
-      ends: for text, where each document ends in `payload`; None for dolma, whose records are lines.
+      ends: for text, where each document ends in `payload`; None for dolma, whose records are
+        lines.
     """
 
     kind: str
@@ -62,8 +65,11 @@ class Slice:
         return digest.hexdigest()
 
 
+NOTHING = Slice("dolma", "nothing", 1, b"")
+
+
 class Problems:
-    """Bad records met under `on_error`: "stop" raises at the first, "skip" counts them and keeps the first few."""
+    """Bad records: "stop" raises the first; "skip" counts them and keeps the first few messages."""
 
     KEPT = 5
 
@@ -95,7 +101,9 @@ def expand(patterns) -> list[str]:
     """
     paths = set()
     for pattern in patterns:
-        found = [p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)]
+        found = [
+            p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)
+        ]
         if not found:
             raise FileNotFoundError(f"--input={pattern}: no file matches")
         paths.update(found)
@@ -122,7 +130,7 @@ def slices(path, problems, slice_bytes=SLICE_BYTES):
 
 
 def slices_of(documents, name="embedded", slice_bytes=SLICE_BYTES):
-    """Yields `Slice`s that hold the given documents, so that any source is tokenised in the same way."""
+    """Yields `Slice`s that hold the given documents: any source is then tokenised in one way."""
     lines, size, first_line, number = [], 0, 1, 0
     for number, document in enumerate(documents, 1):
         lines.append(json.dumps(dataclasses.asdict(document), ensure_ascii=False).encode() + b"\n")
@@ -141,7 +149,9 @@ def documents(piece: Slice, problems):
         return
     for number, line in enumerate(piece.payload.split(b"\n"), piece.first_line):
         if line.strip():
-            document = _dolma_document(line, f"{piece.name}, line {number}", number, piece.name, problems)
+            document = _dolma_document(
+                line, f"{piece.name}, line {number}", number, piece.name, problems
+            )
             if document is not None and document.text:
                 yield document
 
@@ -155,15 +165,21 @@ def _dolma_document(line, where, number, name, problems):
     except (ValueError, RecursionError) as error:
         return problems.report(f"{where}: not a JSON object ({error}): malformed or cut short")
     if not isinstance(record, dict):
-        return problems.report(f"{where}: a JSON {type(record).__name__}, expected an object with a field \"text\"")
+        return problems.report(
+            f'{where}: a JSON {type(record).__name__}, expected an object with a field "text"'
+        )
     if "text" not in record:
         return problems.report(f'{where}: no field "text"')
     if not isinstance(record["text"], str):
-        return problems.report(f'{where}: field "text" is a {type(record["text"]).__name__}, expected a string')
+        return problems.report(
+            f'{where}: field "text" is a {type(record["text"]).__name__}, expected a string'
+        )
     try:
         record["text"].encode()
     except UnicodeEncodeError:
-        return problems.report(f'{where}: field "text" holds half of a surrogate pair, which is no character')
+        return problems.report(
+            f'{where}: field "text" holds half of a surrogate pair, which is no character'
+        )
     stem = _stem(name)
     source = str(record.get("source") or stem)
     return Document(
@@ -185,7 +201,7 @@ def _text_documents(piece, problems):
     stem, start, line = _stem(piece.name), 0, piece.first_line
     for end in piece.ends:
         record = piece.payload[start:end]
-        where, start, number = f"{piece.name}, line {line}", end, line
+        start, number = end, line
         line += record.count(b"\n")
         try:
             text = record.decode()
@@ -210,7 +226,11 @@ def _text_slices(name, blocks, slice_bytes):
             line_number += 1
             length, content = size - start, line.strip()
             blank = not content
-            if content == SEPARATOR or (blank and length >= DOCUMENT_BYTES) or length >= 2 * DOCUMENT_BYTES:
+            if (
+                content == SEPARATOR
+                or (blank and length >= DOCUMENT_BYTES)
+                or length >= 2 * DOCUMENT_BYTES
+            ):
                 ends.append(size)
                 start = size
                 if size >= slice_bytes:
@@ -238,7 +258,9 @@ def _line_blocks(path, problems, block_bytes):
             if cut:
                 yield line, data[:cut]
                 line += data.count(b"\n", 0, cut)
-            wanted = block_bytes if cut else 2 * size  # doubling keeps a long line from being joined too often
+            wanted = (
+                block_bytes if cut else 2 * size
+            )  # doubling keeps a long line from being joined too often
             rest, size = [data[cut:]], size - cut
     except (EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
         data = b"".join(rest)
@@ -255,12 +277,12 @@ def _chunks(path):
         yield from _zstandard_chunks(path)
         return
     with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-        while chunk := file.read(READ_BYTES):
+        while chunk := file.read1(READ_BYTES):  # read() would lose what precedes a truncation
             yield chunk
 
 
 def _zstandard_chunks(path):
-    """As `_chunks` for .zst: zstandard's own stream reader ends a truncated file without an error."""
+    """As `_chunks`, for .zst: zstandard's stream reader ends a truncated file without an error."""
     import zstandard  # only for .zst files
 
     with open(path, "rb") as file:

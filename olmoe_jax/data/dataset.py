@@ -1,7 +1,7 @@
 """The TFDS dataset of fixed windows: feature `tokens`, and for every token its document and domain.
 
-Written as array_record, which TFDS writes and reads without TensorFlow. Features are fixed-shape Tensors:
-TFDS decodes a `Sequence` an order of magnitude slower.
+Written as array_record, which TFDS writes and reads without TensorFlow. Features are fixed-shape
+Tensors: TFDS decodes a `Sequence` an order of magnitude slower.
 """
 
 import contextlib
@@ -15,20 +15,24 @@ import tensorflow_datasets as tfds
 
 VERSION = "1.0.0"
 NAME = "prepared_corpus"
-SHARD_BYTES = 64 << 20  # of arrays, before compression; TFDS holds one shard's windows while it counts them
+SHARD_BYTES = (
+    64 << 20
+)  # of arrays, before compression; TFDS holds one shard's windows while it counts them
 BYTES_PER_TOKEN = 4 + 4 + 1  # tokens, documents, domains
 
 
 class PreparedCorpus(tfds.core.ShardBasedBuilder):
-    """Windows in corpus order. Shards are written one by one, so memory does not grow with the corpus.
+    """Windows in corpus order, written shard by shard: memory does not grow with the corpus.
 
-    (`GeneratorBasedBuilder` would keep the first gigabyte of a split in memory to shuffle it; the pipeline
-    shuffles when it reads.)
+    (`GeneratorBasedBuilder` would keep the first gigabyte of a split in memory to shuffle it; the
+    pipeline shuffles when it reads.)
     """
 
     VERSION = tfds.core.Version(VERSION)
     name = NAME
-    code_path = None  # TFDS looks there for checksums of downloads, with a module that may not be installed
+    code_path = (
+        None  # TFDS looks there for checksums of downloads, with a module that may not be installed
+    )
 
     def __init__(self, *, sequence_length, splits, **kwargs):
         """`splits`: {name: (number of windows, function that returns an iterator over them)}."""
@@ -65,10 +69,15 @@ class PreparedCorpus(tfds.core.ShardBasedBuilder):
 def write(directory, *, sequence_length, splits) -> pathlib.Path:
     """Writes the dataset below `directory` and returns the folder that `read` takes."""
     builder = PreparedCorpus(
-        data_dir=str(directory), file_format="array_record", sequence_length=sequence_length, splits=splits
+        data_dir=str(directory),
+        file_format="array_record",
+        sequence_length=sequence_length,
+        splits=splits,
     )
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download; there is none
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+        )
     return folder(directory)
 
 

@@ -1,29 +1,32 @@
-"""Removal of repeated text from a corpus that fits in memory, and the measure of what train and validation share.
+"""Removes what a corpus says twice, and measures what train and validation share.
 
-A near-duplicate is found by what it repeats: runs of SPAN words (13-grams) that an earlier document holds. Sorting the
-hashes of all runs finds every one of them, so no sketch (MinHash) is needed at this size: two seconds for 12 MB.
-Exact duplicates are the case in which everything is repeated.
+For corpora that fit in memory. A near-duplicate is found by what it repeats: runs of SPAN words or
+marks (13-grams) that an earlier document holds. Sorting the hashes of all runs finds every one of
+them, so no sketch (MinHash) is needed at this size: two seconds for 12 MB. Exact duplicates are the
+case in which everything is repeated.
 """
 
 import dataclasses
+import itertools
 import re
 
 import numpy as np
 
 SPAN = 13
-MAX_REPEATED = 0.3  # share of a paragraph's words within repeated runs above which the paragraph goes
-MIN_KEPT = 0.5  # share of a document's words that must remain
+MAX_REPEATED = 0.3  # of a paragraph's words may lie in repeated runs, or the paragraph goes
+MIN_KEPT = 0.5  # of a document's words must remain, or it goes
 MIN_WORDS = 40
 _WORD = re.compile(r"\w+|[^\w\s]")
-_BLANK = re.compile(r"\n[ \t]*\n\s*?(?=\S|$)|\n[ \t]*\n")
+_BLANK = re.compile(r"\n(?:[ \t]*\n)+")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def deduplicate(documents) -> list:
     """Documents without what an earlier one says already.
 
-    Paragraphs (blocks between blank lines) that are mostly made of repeated runs of SPAN words are cut out; a document of which
-    less than MIN_KEPT remains goes altogether, and so does one of fewer than MIN_WORDS words.
+    Paragraphs (blocks between blank lines) that are mostly made of repeated runs of SPAN words are
+    cut out; a document of which less than MIN_KEPT remains goes altogether, and so does one of
+    fewer than MIN_WORDS words.
     """
     documents = list(documents)
     paragraphs = [_paragraphs(d.text) for d in documents]
@@ -32,9 +35,9 @@ def deduplicate(documents) -> list:
         counts.append([words.add(text) for text in document])
     repeated = _repeated(words.ids(), [sum(c) for c in counts])
     kept, position = [], 0
-    for document, texts, sizes in zip(documents, paragraphs, counts):
+    for document, texts, sizes in zip(documents, paragraphs, counts, strict=True):
         remaining, remaining_words = [], 0
-        for text, size in zip(texts, sizes):
+        for text, size in zip(texts, sizes, strict=True):
             share = repeated[position : position + size].mean() if size else 0.0
             position += size
             if share <= MAX_REPEATED:
@@ -46,9 +49,13 @@ def deduplicate(documents) -> list:
 
 
 def shared_span_share(train, validation, span=SPAN) -> float:
-    """Share of the runs of `span` ids in `validation` that occur in `train`; both are lists of integer arrays."""
-    seen = np.unique(np.concatenate([_run_hashes(ids, span) for ids in train] or [np.zeros(0, np.uint64)]))
-    runs = np.concatenate([_run_hashes(ids, span) for ids in validation] or [np.zeros(0, np.uint64)])
+    """Share of validation's runs of `span` ids that occur in train; both lists of int arrays."""
+    seen = np.unique(
+        np.concatenate([_run_hashes(ids, span) for ids in train] or [np.zeros(0, np.uint64)])
+    )
+    runs = np.concatenate(
+        [_run_hashes(ids, span) for ids in validation] or [np.zeros(0, np.uint64)]
+    )
     if not len(runs) or not len(seen):
         return 0.0
     places = np.minimum(np.searchsorted(seen, runs), len(seen) - 1)
@@ -81,7 +88,7 @@ class _Words:
 def _paragraphs(text):
     """Blocks with the blank lines that follow them: joined, they are the text."""
     ends = [m.end() for m in _BLANK.finditer(text)]
-    return [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)]) if b > a]
+    return [text[a:b] for a, b in itertools.pairwise([0, *ends, len(text)]) if b > a]
 
 
 def _run_hashes(ids, span):

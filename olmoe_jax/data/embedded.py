@@ -1,13 +1,14 @@
 """A real corpus without a download: documents out of what every installation of this project holds.
 
   c_headers      C and C++ headers of the installed packages
-  docstrings     prose: what modules say about themselves, one document per module, examples left out
-  documentation  prose: the language reference that `help()` shows, package descriptions, README files, licences
-  interfaces     type stubs and protocol buffer definitions
-  python_code    the standard library and the packages, docstrings left out
+  docstrings     prose: what modules say about themselves, one document per module, examples left
+                 out
+  documentation  prose: the language reference that `help()` shows, package descriptions, README
+                 files, licences interfaces     type stubs and protocol buffer definitions
+                 python_code    the standard library and the packages, docstrings left out
 
-The same for the same installation: files are taken in the order of a hash of their name until the domain's
-budget is full, and no time, user or absolute path enters a text or an id.
+The same for the same installation: files are taken in the order of a hash of their name until the
+domain's budget is full, and no time, user or absolute path enters a text or an id.
 """
 
 import ast
@@ -29,12 +30,18 @@ BUDGETS = {  # bytes of text per domain, before deduplication
 }
 MIN_FILE_BYTES, MAX_FILE_BYTES = 1_000, 80_000
 MIN_DOCUMENT_BYTES = 300
-HEADER_SUFFIXES, INTERFACE_SUFFIXES, NOTE_SUFFIXES = (".h", ".hpp", ".cuh"), (".pyi", ".proto"), (".md", ".rst")
+HEADER_SUFFIXES, INTERFACE_SUFFIXES, NOTE_SUFFIXES = (
+    (".h", ".hpp", ".cuh"),
+    (".pyi", ".proto"),
+    (".md", ".rst"),
+)
 _SKIPPED_PARTS = frozenset(
-    ("test", "tests", "testing", "_vendor", "vendor", "idlelib", "lib2to3", "encodings", "pydoc_data", "turtledemo",
-     "site-packages", "dist-packages", "ensurepip", "__pycache__", "node_modules", "config", "unidata")
-)  # fmt: skip
-_SKIPPED_FILE = re.compile(r"(_test|_tests|_pb2|_pb2_grpc|_gen|_generated|conftest)\.pyi?$|^test_|^_?unicode")
+    "test tests testing _vendor vendor idlelib lib2to3 encodings pydoc_data turtledemo config "
+    "site-packages dist-packages ensurepip __pycache__ node_modules unidata".split()
+)
+_SKIPPED_FILE = re.compile(
+    r"(_test|_tests|_pb2|_pb2_grpc|_gen|_generated|conftest)\.pyi?$|^test_|^_?unicode"
+)
 _OWN_DISTRIBUTION = "olmoe-jax"
 
 
@@ -116,7 +123,7 @@ def _whole(files, domain, suffixes):
 
 
 def _python(files):
-    """Documents of python_code and docstrings: each module gives one of each, as long as the budgets last."""
+    """Documents of python_code and docstrings: of each module one each, while budgets last."""
     left = {d: BUDGETS[d] for d in ("python_code", "docstrings")}
     for name, (path, source) in files.items():
         if max(left.values()) <= 0:
@@ -143,13 +150,21 @@ def split_docstrings(source) -> tuple[str, list[str]]:
     while pending:
         node = pending.pop()
         body = getattr(node, "body", ())
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and body:
+        if (
+            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            and body
+        ):
             value = body[0].value if isinstance(body[0], ast.Expr) else None
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 alone = len(body) == 1 and not isinstance(node, ast.Module)
                 cuts.append((value.lineno, value.end_lineno, value.col_offset if alone else None))
                 docstrings.append((value.lineno, value.value))
-        for field in ("body", "orelse", "finalbody", "handlers"):  # statements only: walking expressions takes seconds
+        for field in (
+            "body",
+            "orelse",
+            "finalbody",
+            "handlers",
+        ):  # statements only: walking expressions takes seconds
             children = getattr(node, field, ())
             pending += children if isinstance(children, list) else ()
     lines = source.splitlines(keepends=True)
@@ -159,13 +174,15 @@ def split_docstrings(source) -> tuple[str, list[str]]:
 
 
 def without_head_comment(text) -> str:
-    """Drops the comments at the head of a file: nearly always a licence, the same in hundreds of files."""
+    """Drops the comments at the head of a file: a licence, the same in hundreds of files."""
     text = text.lstrip("\ufeff \n")
     if text.startswith("/*") and "*/" in text:
         text = text[text.index("*/") + 2 :]
     lines = text.splitlines(keepends=True)
     start = 0
-    while start < len(lines) and (not lines[start].strip() or lines[start].startswith(("#!", "# ", "#\n", "//"))):
+    while start < len(lines) and (
+        not lines[start].strip() or lines[start].startswith(("#!", "# ", "#\n", "//"))
+    ):
         start += 1
     return "".join(lines[start:])
 
@@ -181,7 +198,7 @@ def _documentation(files, distributions):
 
 
 def _written(files, distributions):
-    """(name, text, source) of language reference, README files, package descriptions and licences, in this order."""
+    """(name, text, source) of language reference, README files, descriptions and licences."""
     try:
         from pydoc_data import topics  # some distributions of Python leave it out
     except ImportError:
@@ -193,9 +210,15 @@ def _written(files, distributions):
             yield name, _read(path, MIN_DOCUMENT_BYTES), source
     for source, distribution in distributions.items():
         metadata = distribution.metadata
-        yield f"{source.split()[0]}/description", metadata.get_payload() or metadata.get("Description", ""), source
+        yield (
+            f"{source.split()[0]}/description",
+            metadata.get_payload() or metadata.get("Description", ""),
+            source,
+        )
         for file in distribution.files or ():
-            if "licen" in file.name.lower() and not file.name.endswith((".py", ".pyc", *NOTE_SUFFIXES)):
+            if "licen" in file.name.lower() and not file.name.endswith(
+                (".py", ".pyc", *NOTE_SUFFIXES)
+            ):
                 yield file.as_posix(), _read(pathlib.Path(distribution.locate_file(file))), source
 
 

@@ -1,10 +1,9 @@
 """What a prepared directory holds, and the check that it is whole.
 
-    DIR/info.json             what it is (`Info`); written last, so its presence says that the rest is there
-    DIR/tokenizer.json        the tokenizer
-    DIR/dataset/              the TFDS dataset: splits train and validation
-    DIR/documents.jsonl       one line per document, with documents.offsets.npy for access by number
-    DIR/unigram_counts.npy    int64 [vocab]: how often each token occurs in train
+DIR/info.json             what it is (`Info`); written last, so its presence says that the rest is
+there DIR/tokenizer.json        the tokenizer DIR/dataset/              the TFDS dataset: splits
+train and validation DIR/documents.jsonl       one line per document, with where each line begins in
+documents.offsets.bin DIR/unigram_counts.npy    int64 [vocab]: how often each token occurs in train
 """
 
 import dataclasses
@@ -15,6 +14,12 @@ import pathlib
 FORMAT = 1
 SPLITS = ("train", "validation")
 PADDING_DOCUMENT = -1
+INFO, TOKENIZER, DATASET = "info.json", "tokenizer.json", "dataset"
+DOCUMENTS, OFFSETS, UNIGRAM_COUNTS = (
+    "documents.jsonl",
+    "documents.offsets.bin",
+    "unigram_counts.npy",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +81,7 @@ def write_info(directory, **values) -> Info:
     paths = sorted(p for p in directory.rglob("*") if p.is_file())
     files = {p.relative_to(directory).as_posix(): p.stat().st_size for p in paths}
     info = Info(format=FORMAT, files=files, **values)
-    (directory / "info.json").write_text(json.dumps(dataclasses.asdict(info), indent=2) + "\n")
+    (directory / INFO).write_text(json.dumps(dataclasses.asdict(info), indent=2) + "\n")
     return info
 
 
@@ -90,20 +95,26 @@ def read_info(path) -> Info:
     path = pathlib.Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such directory; make it with experiments.prepare_data")
-    if not (path / "info.json").is_file():
-        raise FileNotFoundError(f"{path}: not prepared data, or not completely (no info.json); run prepare_data again")
+    if not (path / INFO).is_file():
+        raise FileNotFoundError(
+            f"{path}: not prepared data, or not completely (no info.json); run prepare_data again"
+        )
     try:
-        values = json.loads((path / "info.json").read_text())
+        values = json.loads((path / INFO).read_text())
         if values["format"] != FORMAT:
-            raise ValueError(f"{path}: prepared data of format {values['format']}, this version reads {FORMAT}")
+            raise ValueError(
+                f"{path}: prepared data of format {values['format']}, this version reads {FORMAT}"
+            )
         values["domains"] = tuple(values["domains"])
         values["splits"] = {k: SplitInfo(**v) for k, v in values["splits"].items()}
         info = Info(**values)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}/info.json: damaged ({error!r}); run prepare_data again") from None
+        raise ValueError(f"{path / INFO}: damaged ({error!r}); run prepare_data again") from None
     for name, size in info.files.items():
         actual = os.path.getsize(path / name) if (path / name).exists() else None
         if actual != size:
             found = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
-            raise ValueError(f"{path}: {name} {found}; remove the directory and run prepare_data again")
+            raise ValueError(
+                f"{path}: {name} {found}; remove the directory and run prepare_data again"
+            )
     return info

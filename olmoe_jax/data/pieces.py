@@ -1,7 +1,7 @@
-"""Tokenised pieces: one file per slice of the input, named by the hash of the slice and of the tokenizer.
+"""Tokenised pieces: one file per slice of the input, named by the hash of slice and tokenizer.
 
-They outlive a killed run: a rerun tokenises only what is missing. Writing them is the only parallel part of
-preparing data, and the only one that costs more than copying.
+They outlive a killed run: a rerun tokenises only what is missing. Writing them is the only parallel
+part of preparing data, and the only one that costs more than copying.
 """
 
 import collections
@@ -15,10 +15,13 @@ import pathlib
 
 import numpy as np
 
-from olmoe_jax.data import corpora, tokenizer as tokenizer_lib
+from olmoe_jax.data import corpora
+from olmoe_jax.data import tokenizer as tokenizer_lib
 
 FORMAT = 1
-BATCH_BYTES = 512 << 10  # text encoded at once: what the tokenizers library returns takes 50 times as much
+BATCH_BYTES = (
+    512 << 10
+)  # text encoded at once: what the tokenizers library returns takes 50 times as much
 FIRST_WORDS, FIRST_CHARACTERS = 12, 80
 
 
@@ -28,7 +31,8 @@ class Piece:
 
     Attributes:
       tokens: uint32 [tokens] of all documents, one after the other.
-      lengths, text_bytes: int64 [documents]: tokens (end-of-document included), and UTF-8 bytes of the text.
+      lengths, text_bytes: int64 [documents]: tokens (end-of-document included), and UTF-8 bytes of
+        the text.
       keys: float64 [documents] in [0, 1): hash of the text, by which documents are split.
       records: per document {"id", "source", "domain", "first_words"}.
     """
@@ -58,7 +62,7 @@ def path_for(piece: corpora.Slice, tokenizer, seed, on_error, directory) -> path
 
 
 def split_key(text, seed) -> float:
-    """Number in [0, 1) that depends on the text alone, so that copies of a text fall into one split."""
+    """Number in [0, 1) made from the text alone, so that copies of a text fall into one split."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, salt=str(seed).encode()[:16]).digest()
     return int.from_bytes(digest, "little") / 2**64
 
@@ -79,7 +83,12 @@ def tokenise(documents, tokenizer, seed) -> Piece:
         keys.append(split_key(document.text, seed))
         first_words = " ".join(document.text[:1000].split()[:FIRST_WORDS])[:FIRST_CHARACTERS]
         records.append(
-            {"id": document.id, "source": document.source, "domain": document.domain, "first_words": first_words}
+            {
+                "id": document.id,
+                "source": document.source,
+                "domain": document.domain,
+                "first_words": first_words,
+            }
         )
         size += text_bytes[-1]
         if size >= BATCH_BYTES:
@@ -96,8 +105,10 @@ def tokenise(documents, tokenizer, seed) -> Piece:
 
 
 def save(piece: Piece, path, dropped=(0, ())):
-    """Writes a piece so that it exists whole or not at all. `dropped`: (count, messages) of bad records."""
-    table = json.dumps({"records": piece.records, "skipped": dropped[0], "messages": list(dropped[1])})
+    """Writes a piece, whole or not at all. `dropped`: (count, messages) of bad records."""
+    table = json.dumps(
+        {"records": piece.records, "skipped": dropped[0], "messages": list(dropped[1])}
+    )
     temporary = f"{path}.{os.getpid()}.tmp"
     with open(temporary, "wb") as file:
         np.savez(
@@ -115,7 +126,9 @@ def load(path) -> Piece:
     """Reads a piece back."""
     with np.load(path) as file:
         table = json.loads(file["table"].tobytes())
-        return Piece(file["tokens"], file["lengths"], file["text_bytes"], file["keys"], table["records"])
+        return Piece(
+            file["tokens"], file["lengths"], file["text_bytes"], file["keys"], table["records"]
+        )
 
 
 def _dropped(path):
@@ -173,6 +186,8 @@ def write_all(slices, tokenizer, *, seed, on_error, directory, workers):
         while pending:
             yield pending.popleft().result()
     except concurrent.futures.process.BrokenProcessPool:
-        raise OSError("a tokenising process was killed (out of memory?); run again, with fewer --workers") from None
+        raise OSError(
+            "a tokenising process was killed (out of memory?); run again, with fewer --workers"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -1,11 +1,10 @@
 """Prepared data → batches, by step number and nothing else.
 
-Which windows make up step s follows from the seed: window number g = s · batch_size + row lies in epoch
-g // num_windows, at that epoch's place in a global shuffle (grain's). So resuming needs the step only, and any number of processes
-or reading workers sees the same batches.
+Which windows make up step s follows from the seed: window number g = s · batch_size + row lies in
+epoch g // num_windows, at that epoch's place in a global shuffle (grain's). So resuming needs the
+step only, and any number of processes or reading workers sees the same batches.
 """
 
-import dataclasses
 import functools
 import json
 import os
@@ -14,30 +13,19 @@ import pathlib
 import grain
 import numpy as np
 
-from olmoe_jax.data import preparation, tokenizer as tokenizer_lib
+from olmoe_jax.data import layout, preparation
+from olmoe_jax.data import tokenizer as tokenizer_lib
 
 MAX_NGRAM, MAX_REPEATS = 13, 32  # OLMoE: the filter on documents, and on windows while training
 READ_AHEAD = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class DocumentRecord:
-    """A row of the document table."""
-
-    id: str
-    source: str
-    domain: str
-    first_words: str
-    split: str
-    tokens: int
-    text_bytes: int
+EMBEDDED_VALIDATION_FRACTION = 0.05
 
 
 class PreparedData:
     """A directory written by `preparation.prepare`, opened for reading. Pickles as its path."""
 
     def __init__(self, path, info):
-        self.path, self.info = pathlib.Path(path), info
+        self.path, self.info, self._sources = pathlib.Path(path), info, {}
 
     def __reduce__(self):
         return (PreparedData, (self.path, self.info))
@@ -50,44 +38,50 @@ class PreparedData:
         return self.info.splits[split].windows
 
     def read_windows(self, split, indices) -> dict[str, np.ndarray]:
-        """Windows by index: tokens int32, documents int32, domains uint8, each [len(indices), length]."""
+        """Windows by index: tokens and documents int32, domains uint8; [len(indices), length]."""
         rows = self._source(split).__getitems__([int(i) for i in indices])
         return {k: np.stack([row[k] for row in rows]) for k in ("tokens", "documents", "domains")}
 
-    @functools.cache  # noqa: B019  one source per split for as long as the data is open
     def _source(self, split):
-        from olmoe_jax.data import dataset
+        if split not in self._sources:
+            from olmoe_jax.data import dataset  # TFDS takes a while to import
 
-        return dataset.read(self.path / "dataset", split)
+            self._sources[split] = dataset.read(self.path / layout.DATASET, split)
+        return self._sources[split]
 
     @functools.cached_property
     def _offsets(self):
-        return np.load(self.path / "documents.offsets.npy", mmap_mode="r")
+        return np.memmap(self.path / layout.OFFSETS, np.dtype("<i8"), "r")
 
-    def document(self, index) -> DocumentRecord:
+    def document(self, index) -> layout.DocumentRecord:
         """The document of number `index`, as in a batch's `documents`."""
+        if not 0 <= index < self.info.num_documents:
+            raise ValueError(
+                f"{self.path}: no document {index}: "
+                f"they are numbered from 0 to {self.info.num_documents - 1}"
+            )
         start, end = (int(o) for o in self._offsets[index : index + 2])
-        with (self.path / "documents.jsonl").open("rb") as file:
+        with (self.path / layout.DOCUMENTS).open("rb") as file:
             file.seek(start)
-            return DocumentRecord(**json.loads(file.read(end - start)))
+            return layout.DocumentRecord(**json.loads(file.read(end - start)))
 
     @functools.cached_property
     def unigram_counts(self) -> np.ndarray:
         """int64 [vocab]: occurrences of each token in the train split."""
-        return np.load(self.path / "unigram_counts.npy")
+        return np.load(self.path / layout.UNIGRAM_COUNTS)
 
     @functools.cached_property
     def tokenizer(self) -> tokenizer_lib.Tokenizer:
         """The tokenizer that made the data."""
-        return tokenizer_lib.load(self.path / "tokenizer.json")
+        return tokenizer_lib.load(self.path / layout.TOKENIZER)
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
-        """int32 [vocab]: UTF-8 bytes of text per token, for bits per byte of any set of positions."""
+        """int32 [vocab]: UTF-8 bytes of text per token, for bits per byte of any positions."""
         return self.tokenizer.token_bytes
 
 
-def open(path, *, tokenizer=None, sequence_length=None) -> PreparedData:  # noqa: A001  read as pipeline.open
+def open(path, *, tokenizer=None, sequence_length=None) -> PreparedData:
     """Opens prepared data, and checks that it is complete and what the caller expects.
 
     Args:
@@ -96,18 +90,18 @@ def open(path, *, tokenizer=None, sequence_length=None) -> PreparedData:  # noqa
     Raises:
       FileNotFoundError, ValueError: it is not prepared data, damaged, or other data than expected.
     """
-    info = preparation.read_info(path)
+    info = layout.read_info(path)
     if tokenizer is not None:
         named = tokenizer_lib.load(tokenizer)
         if named.sha256 != info.tokenizer_sha256:
             raise ValueError(
-                f"{path}: made with another tokenizer (sha256 {info.tokenizer_sha256}) than the one named, "
-                f"{tokenizer} (sha256 {named.sha256}); run prepare_data with it"
+                f"{path}: made with another tokenizer (sha256 {info.tokenizer_sha256}) than "
+                f"the one named, {tokenizer} (sha256 {named.sha256}); run prepare_data with it"
             )
     if sequence_length is not None and sequence_length != info.sequence_length:
         raise ValueError(
-            f"{path}: windows of {info.sequence_length} tokens, config.data.sequence_length is {sequence_length}; "
-            "set it to that, or run prepare_data again"
+            f"{path}: windows of {info.sequence_length} tokens; config.data.sequence_length "
+            f"is {sequence_length}; set it to that, or run prepare_data again"
         )
     return PreparedData(path, info)
 
@@ -124,7 +118,15 @@ class Batches:
     """
 
     def __init__(
-        self, data, *, batch_size, seed, start_step=0, rows=None, workers=0, mask_repetitive_windows=False
+        self,
+        data,
+        *,
+        batch_size,
+        seed,
+        start_step=0,
+        rows=None,
+        workers=0,
+        mask_repetitive_windows=False,
     ):
         num_windows = data.num_windows("train")
         if not num_windows:
@@ -142,14 +144,17 @@ class Batches:
 
     def batch(self, step) -> dict[str, np.ndarray]:
         """This process's rows of the batch of step number `step` (from 0)."""
-        return as_batch(self.data.read_windows("train", self.indices(step)), mask_repetitive=self._mask)
+        windows = self.data.read_windows("train", self.indices(step))
+        return as_batch(windows, mask_repetitive=self._mask)
 
     def iterate(self, first_step):
         """Yields batch(first_step), batch(first_step + 1), … without end, reading ahead."""
         steps = grain.MapDataset.source(_Steps(self, first_step))
         if self.workers:
             options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-            multiprocessing = grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=READ_AHEAD)
+            multiprocessing = grain.MultiprocessingOptions(
+                num_workers=self.workers, per_worker_buffer_size=READ_AHEAD
+            )
             iterator = iter(steps.to_iter_dataset(options).mp_prefetch(multiprocessing))
         else:
             options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=READ_AHEAD)
@@ -175,8 +180,8 @@ class _Steps:
 
 
 def as_batch(windows, *, mask_repetitive=False) -> dict[str, np.ndarray]:
-    """Adds to windows [rows, length] the masks that training needs: `token_mask` and `loss_mask`, bool."""
-    token_mask = windows["documents"] != preparation.PADDING_DOCUMENT
+    """Adds to windows the masks that training needs: token_mask, loss_mask, bool [rows, length]."""
+    token_mask = windows["documents"] != layout.PADDING_DOCUMENT
     loss_mask = token_mask.copy()
     if mask_repetitive:
         loss_mask &= ~repetitive(windows["tokens"], token_mask)[:, None]
@@ -184,7 +189,7 @@ def as_batch(windows, *, mask_repetitive=False) -> dict[str, np.ndarray]:
 
 
 def repetitive(tokens, token_mask, *, max_ngram=MAX_NGRAM, max_repeats=MAX_REPEATS) -> np.ndarray:
-    """bool [rows]: whether some n-gram of 1..max_ngram tokens occurs max_repeats times or more in a row.
+    """bool [rows]: some n-gram of 1..max_ngram tokens occurs max_repeats times or more in a row.
 
     Such a stretch of n · r tokens equals itself shifted by n over n · (r - 1) positions.
     Source: the instance filter of the code that trained OLMoE, with its defaults.
@@ -202,41 +207,49 @@ def repetitive(tokens, token_mask, *, max_ngram=MAX_NGRAM, max_repeats=MAX_REPEA
 
 
 def validation_batches(data, *, num_windows, batch_size) -> list[dict[str, np.ndarray]]:
-    """A fixed list of batches from the validation split; the same for every call with the same arguments.
+    """Batches of fixed windows of the validation split: the same for the same arguments.
 
     Args:
-      num_windows: windows evaluated, spread evenly over the split; 0, or more than there are, takes all.
+      num_windows: windows evaluated, spread evenly over the split; 0, or more than there are, takes
+        all.
       batch_size: rows of each batch; the last is filled up with rows that are all padding.
     """
     available = data.num_windows("validation")
     if not available:
-        raise ValueError(f"{data.path}: the validation split is empty; prepare with a larger --validation_fraction")
+        raise ValueError(
+            f"{data.path}: the validation split is empty; "
+            "run prepare_data with a larger --validation_fraction"
+        )
     count = min(num_windows or available, available)
     indices = np.arange(count) * available // count
     batches = []
     for first in range(0, count, batch_size):
         windows = data.read_windows("validation", indices[first : first + batch_size])
         missing = batch_size - len(windows["tokens"])
-        padding = {"tokens": 0, "documents": preparation.PADDING_DOCUMENT, "domains": 0}
-        batches.append(
-            as_batch({k: np.pad(v, ((0, missing), (0, 0)), constant_values=padding[k]) for k, v in windows.items()})
-        )
+        padding = {"tokens": 0, "documents": layout.PADDING_DOCUMENT, "domains": 0}
+        for name, value in padding.items():
+            rows = ((0, missing), (0, 0))
+            windows[name] = np.pad(windows[name], rows, constant_values=value)
+        batches.append(as_batch(windows))
     return batches
 
 
-def ensure_embedded(directory, *, sequence_length, vocab_size, tokenizer=None, announce=None) -> pathlib.Path:
-    """Prepares the embedded corpus below `directory` unless that is done already; returns where it lies.
+def ensure_embedded(
+    directory, *, sequence_length, vocab_size, tokenizer=None, announce=None
+) -> pathlib.Path:
+    """Prepares the embedded corpus below `directory` unless that is done; returns its path.
 
-    Data that exists is taken as it is, also if packages have been installed since: a run that resumes must see the
-    data that it began with.
+    Data that exists is taken as it is, also if packages have been installed since: a run that
+    resumes must see the data that it began with.
 
     Args:
       vocab_size: of the tokenizer that is trained, unless `tokenizer` names a file.
     """
     made_with = tokenizer_lib.load(tokenizer).sha256[:12] if tokenizer else f"vocab{vocab_size}"
-    path = pathlib.Path(os.path.expanduser(directory)) / f"embedded-{made_with}-length{sequence_length}"
-    if (path / "info.json").exists():
-        preparation.read_info(path)
+    directory = pathlib.Path(os.path.expanduser(directory))
+    path = directory / f"embedded-{made_with}-length{sequence_length}"
+    if (path / layout.INFO).exists():
+        layout.read_info(path)
         return path
     arguments = {"announce": announce} if announce else {}
     preparation.prepare(
@@ -249,6 +262,3 @@ def ensure_embedded(directory, *, sequence_length, vocab_size, tokenizer=None, a
         **arguments,
     )
     return path
-
-
-EMBEDDED_VALIDATION_FRACTION = 0.05

@@ -1,19 +1,14 @@
-"""Corpora → a directory of prepared data: tokenised, split by document, packed into windows, written with TFDS.
+"""Corpora → a directory of prepared data: tokenised, split, packed into windows, written by TFDS.
 
-    DIR/info.json             what it is (`Info`); its presence says that the directory is complete
-    DIR/tokenizer.json        the tokenizer
-    DIR/dataset/              the TFDS dataset: splits train and validation
-    DIR/documents.jsonl       one line per document, with documents.offsets.npy for access by number
-    DIR/unigram_counts.npy    int64 [vocab]: how often each token occurs in train
-
-The work happens in two folders beside DIR. DIR.pieces keeps what has been tokenised until everything is done, because
-TFDS starts over after a kill; DIR.partial becomes DIR by one rename.
+`layout` says what lies in it. The work happens in two folders beside it: DIR.pieces keeps what has
+been tokenised until everything is done, because TFDS starts over after a kill; DIR.partial becomes
+DIR by one rename.
 """
 
-import collections
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
-import heapq
 import json
 import os
 import pathlib
@@ -24,51 +19,28 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from olmoe_jax.data import corpora, embedded, pieces, tokenizer as tokenizer_lib
+from olmoe_jax.data import corpora, embedded, layout, packing, pieces
+from olmoe_jax.data import tokenizer as tokenizer_lib
 
-FORMAT = 1
 EMBEDDED = "embedded"
-SPLITS = ("train", "validation")
-MAX_DOMAINS = 255
-TRAINING_TEXT_BYTES = 64 << 20  # of the input, for a tokenizer trained on it
-PADDING_DOCUMENT = -1
-
-
-@dataclasses.dataclass(frozen=True)
-class SplitInfo:
-    """One split in numbers. `tokens` counts end-of-document tokens, `text_bytes` is UTF-8; both per domain too."""
-
-    windows: int
-    documents: int
-    tokens: int
-    text_bytes: int
-    domain_tokens: dict[str, int]
-    domain_text_bytes: dict[str, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Info:
-    """What a prepared directory holds; `files` maps each file to its size."""
-
-    format: int
-    sequence_length: int
-    tokenizer_sha256: str
-    vocab_size: int
-    end_of_document: int
-    domains: tuple[str, ...]
-    splits: dict[str, SplitInfo]
-    num_documents: int
-    skipped_records: int
-    request: dict
-    files: dict[str, int]
+TRAINING_TEXT_BYTES = 64 << 20  # sampled from the input, for a tokenizer trained on it
+SAMPLE_BYTES = 1 << 20  # tokenised beforehand, to tell how long the rest will take
+DISK_BYTES_PER_TOKEN = 3.5  # of prepared data
+PIECE_BYTES_PER_TOKEN = 4
+WINDOW_TOKENS_PER_SECOND = 2e6
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What `prepare` did."""
+    """What `prepare` did.
+
+    Attributes:
+      pieces_tokenised, pieces_reused: slices of the input; reused ones were left by a killed run.
+      messages: the first of the records that were skipped.
+    """
 
     path: pathlib.Path
-    info: Info
+    info: layout.Info
     pieces_tokenised: int
     pieces_reused: int
     seconds: float
@@ -87,32 +59,38 @@ def prepare(
     workers=0,
     seed=0,
     announce=logging.info,
-    progress=True,
 ) -> Result:
     """Prepares a corpus; running it again after a kill goes on from the pieces that exist.
 
     Args:
       inputs: globs of Dolma or text files; "embedded" stands for the embedded corpus.
-      output: directory to create. If it exists and was prepared from the same request, it is returned as it is.
-      sequence_length: tokens per window. Documents go on from window to window; the last window is padded.
+      output: directory to create. If it exists and answers the same request, it is returned as it
+        is.
+      sequence_length: tokens per window. Documents go on from window to window; the last window is
+        padded.
       tokenizer: path of a tokenizer.json; None trains one of `vocab_size` tokens on the input.
-      validation_fraction: share of documents held out, by a hash of their text. A domain of several
-        documents gets at least one window's worth, up to half of it.
+      validation_fraction: share of documents held out (see `packing.plan`).
       on_error: "stop" at a bad record, or "skip" and count.
       workers: tokenising processes; 0 uses threads here.
       seed: of the split.
       announce: takes the lines that say what will be done.
     Raises:
-      ValueError, FileNotFoundError: bad input; nothing is lost, and nothing half-written is left at `output`.
+      ValueError, FileNotFoundError: bad input. Nothing is at `output` then.
     """
     start = time.time()
     if sequence_length < 2:
         raise ValueError(f"--sequence_length={sequence_length}: must be at least 2")
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"--validation_fraction={validation_fraction}: must lie in [0, 1)")
-    output = pathlib.Path(os.path.expanduser(output))
+    if workers < 0:
+        raise ValueError(f"--workers={workers}: must not be negative")
+    output = pathlib.Path(os.path.abspath(os.path.expanduser(output)))
     source = _Input(inputs, corpora.Problems(on_error))
     named = tokenizer_lib.load(tokenizer) if tokenizer else None
+    if named is None and vocab_size < tokenizer_lib.MIN_VOCAB_SIZE:
+        raise ValueError(
+            f"--vocab_size={vocab_size}: must be at least {tokenizer_lib.MIN_VOCAB_SIZE}"
+        )
     request = {
         "inputs": source.identity(),
         "tokenizer": named.sha256 if named else f"trained, vocab_size={vocab_size}",
@@ -121,34 +99,51 @@ def prepare(
         "on_error": on_error,
         "seed": seed,
     }
-    partial, kept = (output.with_name(output.name + suffix) for suffix in (".partial", ".pieces"))
-    if output.exists():
-        info = _existing(output, request)
-        shutil.rmtree(kept, ignore_errors=True)
-        announce(f"{output}: already prepared")
-        return Result(output, info, 0, 0, time.time() - start)
-    shutil.rmtree(partial, ignore_errors=True)  # with TFDS's incomplete.* in it
-    partial.mkdir(parents=True)
-    kept.mkdir(exist_ok=True)
-
-    tokenizer = named or _trained(source, vocab_size, kept, request, announce)
-    announce(_estimate(source, tokenizer, workers, output))
-    written = []
-    bar = tqdm(total=source.bytes, desc="tokenising", unit="B", unit_scale=True, disable=None if progress else True)
-    with bar:
+    with _workplace(output) as (partial, kept):
+        if output.exists():
+            announce(f"{output}: already prepared")
+            return Result(output, _existing(output, request), 0, 0, time.time() - start)
+        tokenizer = named or _trained(source, vocab_size, kept, request, announce)
+        announce(_estimate(source, tokenizer, workers, output))
         arguments = {"seed": seed, "on_error": on_error, "directory": kept, "workers": workers}
-        for item in pieces.write_all(source.slices(), tokenizer, **arguments):
-            source.problems.merge(item.skipped, item.messages)
-            written.append(item)
-            bar.update(min(item.input_bytes, bar.total - bar.n))
-    plan = _plan([w.path for w in written], validation_fraction, sequence_length)
-    info = _write(partial, plan, tokenizer, sequence_length, source, request)
-    os.replace(partial, output)
-    shutil.rmtree(kept)
+        written = []
+        with tqdm(
+            total=source.bytes, desc="tokenising", unit="B", unit_scale=True, disable=None
+        ) as bar:
+            for item in pieces.write_all(source.slices(), tokenizer, **arguments):
+                source.problems.merge(item.skipped, item.messages)
+                written.append(item)
+                bar.update(min(item.input_bytes, bar.total - bar.n))
+        plan = packing.plan([w.path for w in written], validation_fraction, sequence_length)
+        info = _write(partial, plan, tokenizer, sequence_length, source.problems.count, request)
+        os.replace(partial, output)
     reused = sum(w.reused for w in written)
-    return Result(
-        output, info, len(written) - reused, reused, time.time() - start, tuple(source.problems.messages)
-    )
+    messages = tuple(source.problems.messages)
+    return Result(output, info, len(written) - reused, reused, time.time() - start, messages)
+
+
+@contextlib.contextmanager
+def _workplace(output):
+    """Gives (empty folder for the result, folder of pieces), to one process at a time.
+
+    Both are gone afterwards; after an error or a kill the pieces stay.
+    """
+    partial, kept = (output.with_name(output.name + suffix) for suffix in (".partial", ".pieces"))
+    kept.mkdir(parents=True, exist_ok=True)
+    with open(kept / "lock", "w") as lock:
+        # waits for another process that prepares the same output, and then finds it done
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        shutil.rmtree(partial, ignore_errors=True)  # with TFDS's incomplete.* in it
+        if not output.exists():
+            partial.mkdir()
+        try:
+            yield partial, kept
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
+            if os.listdir(kept) == ["lock"]:
+                shutil.rmtree(kept)
+            raise
+        shutil.rmtree(kept, ignore_errors=True)
 
 
 class _Input:
@@ -156,11 +151,11 @@ class _Input:
 
     def __init__(self, inputs, problems):
         self.problems = problems
-        self.embedded = EMBEDDED in inputs
+        self._embedded = EMBEDDED in inputs
         patterns = [i for i in inputs if i != EMBEDDED]
-        self.paths = corpora.expand(patterns) if patterns or not self.embedded else []
-        if not self.paths and not self.embedded:
+        if not inputs:
             raise ValueError("--input names no file")
+        self.paths = corpora.expand(patterns)
         self._documents = None
 
     def documents(self):
@@ -171,16 +166,27 @@ class _Input:
 
     @property
     def bytes(self):
-        own = sum(len(d.text.encode()) for d in self.documents()) if self.embedded else 0
+        """To be read."""
+        own = sum(len(d.text.encode()) for d in self.documents()) if self._embedded else 0
         return own + sum(os.path.getsize(p) for p in self.paths)
+
+    @property
+    def text_bytes(self):
+        """About what the input unpacks to: text compresses threefold."""
+        return self.bytes + 2 * sum(
+            os.path.getsize(p) for p in self.paths if p.endswith((".gz", ".zst"))
+        )
 
     def identity(self):
         """What decides whether a directory was prepared from the same input."""
-        files = [[os.path.basename(p), os.path.getsize(p), os.stat(p).st_mtime_ns] for p in self.paths]
-        return files + ([[EMBEDDED, embedded.fingerprint()]] if self.embedded else [])
+        files = [
+            [os.path.basename(p), os.path.getsize(p), os.stat(p).st_mtime_ns] for p in self.paths
+        ]
+        return files + ([[EMBEDDED, embedded.fingerprint()]] if self._embedded else [])
 
     def slices(self, problems=None):
-        if self.embedded:
+        """All slices of the input, in order."""
+        if self._embedded:
             yield from corpora.slices_of(self.documents())
         for path in self.paths:
             yield from corpora.slices(path, problems or self.problems)
@@ -189,25 +195,27 @@ class _Input:
 def _existing(output, request):
     """Info of a finished output that answers the request; ValueError if it is something else."""
     try:
-        info = read_info(output)
-    except (FileNotFoundError, ValueError):
-        raise ValueError(f"--output={output}: exists and is not prepared data; name another directory") from None
-    different = [k for k in request if info.request.get(k) != request[k]]
+        info = layout.read_info(output)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"--output={output}: exists, but not as prepared data ({error})") from None
+    different = [name for name in request if info.request.get(name) != request[name]]
     if different:
         raise ValueError(
-            f"--output={output}: was prepared with other {', '.join(different)}; remove it or name another directory"
+            f"--output={output}: was prepared with other {', '.join(different)}; "
+            "remove it or name another directory"
         )
     return info
 
 
 def _trained(source, vocab_size, kept, request, announce):
     """A tokenizer trained on (a sample of) the input; kept beside the pieces for a rerun."""
-    path = kept / f"tokenizer-{abs(hash_of(request)):016x}.json"
+    name = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
+    path = kept / f"tokenizer-{name}.json"
     if path.exists():
         return tokenizer_lib.load(path)
     announce(f"training a tokenizer of {vocab_size:,} tokens")
-    share = TRAINING_TEXT_BYTES / max(source.bytes, 1)
-    problems = corpora.Problems("skip")  # bad records are reported when they are tokenised
+    share = TRAINING_TEXT_BYTES / max(source.text_bytes, 1)
+    problems = corpora.Problems("skip")  # they are reported when tokenised
 
     def texts():
         for piece in source.slices(problems):
@@ -222,62 +230,59 @@ def _trained(source, vocab_size, kept, request, announce):
     return tokenizer
 
 
-def hash_of(value) -> int:
-    """64-bit hash of a JSON value, the same in every process."""
-    return int.from_bytes(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()[:8], "little")
-
-
 def _estimate(source, tokenizer, workers, output):
-    """One line: bytes to read, bytes to write, expected time, from the first megabyte of the input."""
-    problems = corpora.Problems("skip")
-    first = next(source.slices(problems), None)
-    if first is None:
-        raise ValueError(f"{', '.join(source.paths)}: the corpus is empty")
-    start, texts, size = time.time(), [], 0
-    for document in corpora.documents(first, problems):
+    """One line: bytes to read and to write, and the time, judged by the input's first megabyte.
+
+    Raises:
+      ValueError: the disk has not enough room.
+    """
+    problems, texts, size, start = corpora.Problems("skip"), [], 0, time.time()
+    for document in corpora.documents(next(source.slices(problems), corpora.NOTHING), problems):
         texts.append(document.text)
         size += len(document.text.encode())
-        if size >= 1 << 20:
+        if size >= SAMPLE_BYTES:
             break
-    tokens = sum(map(len, tokenizer.encode_batch(texts)))
+    sampled_tokens = sum(map(len, tokenizer.encode_batch(texts)))
     rate = max(size, 1) / max(time.time() - start, 1e-3)
-    packed = [p for p in source.paths if p.endswith((".gz", ".zst"))]
-    text = source.bytes + 2 * sum(map(os.path.getsize, packed))  # text compresses about threefold
-    num_tokens = text * tokens / max(size, 1)
-    seconds = text / (rate * max(1, workers)) + num_tokens / 2e6
-    free = shutil.disk_usage(output.parent).free
-    needed = num_tokens * 12
-    if needed > free:
-        raise ValueError(f"{output}: needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
+    tokens = source.text_bytes * sampled_tokens / max(size, 1)
+    # the sample was tokenised on all cores, as is the input without workers
+    speed = rate * (max(1, workers) / os.cpu_count() if workers > 1 else 1)
+    seconds = source.text_bytes / speed + tokens / WINDOW_TOKENS_PER_SECOND
+    at_work = tokens * (DISK_BYTES_PER_TOKEN + PIECE_BYTES_PER_TOKEN)
+    if at_work > (free := shutil.disk_usage(output.parent).free):
+        raise ValueError(
+            f"{output}: needs about {at_work / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free"
+        )
     return (
-        f"reading {source.bytes / 1e6:,.1f} MB, writing about {num_tokens * 6 / 1e6:,.0f} MB "
-        f"({num_tokens / 1e6:,.1f}M tokens; at most {needed / 1e6:,.0f} MB while at it), expected time {seconds:,.0f} s"
+        f"reading {source.bytes / 1e6:,.1f} MB, writing about "
+        f"{tokens * DISK_BYTES_PER_TOKEN / 1e6:,.1f} MB ({tokens / 1e6:,.2f}M tokens; "
+        f"{at_work / 1e6:,.1f} MB while at it), expected time {max(seconds, 1):,.0f} s"
     )
 
 
-def _write(directory, plan, tokenizer, sequence_length, source, request):
+def _write(directory, plan, tokenizer, sequence_length, skipped, request):
     """Writes everything below `directory`, info.json last."""
-    from olmoe_jax.data import dataset  # TFDS takes a second to import
+    from olmoe_jax.data import dataset  # TFDS takes a while to import
 
-    splits, num_documents = _write_documents(directory, plan, sequence_length)
+    splits, num_documents = packing.write_documents(directory, plan, sequence_length)
     counts = np.zeros(tokenizer.vocab_size, np.int64)
 
     def windows(split):
-        for window in _windows(plan, split, sequence_length):
+        for window in packing.windows(plan, split, sequence_length):
             if split == "train":
-                real = window["tokens"][window["documents"] != PADDING_DOCUMENT]
-                np.add(counts, np.bincount(real, minlength=len(counts)), out=counts)
+                real = window["tokens"][window["documents"] != layout.PADDING_DOCUMENT]
+                np.add.at(counts, real, 1)
             yield window
 
     dataset.write(
-        directory / "dataset",
+        directory / layout.DATASET,
         sequence_length=sequence_length,
-        splits={s: (splits[s].windows, lambda s=s: windows(s)) for s in SPLITS},
+        splits={s: (splits[s].windows, lambda s=s: windows(s)) for s in layout.SPLITS},
     )
-    np.save(directory / "unigram_counts.npy", counts)
-    (directory / "tokenizer.json").write_bytes(tokenizer.json)
-    info = Info(
-        format=FORMAT,
+    np.save(directory / layout.UNIGRAM_COUNTS, counts)
+    (directory / layout.TOKENIZER).write_bytes(tokenizer.json)
+    return layout.write_info(
+        directory,
         sequence_length=sequence_length,
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
@@ -285,11 +290,6 @@ def _write(directory, plan, tokenizer, sequence_length, source, request):
         domains=plan.domains,
         splits=splits,
         num_documents=num_documents,
-        skipped_records=source.problems.count,
+        skipped_records=skipped,
         request=request,
-        files={p.relative_to(directory).as_posix(): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()},
     )
-    (directory / "info.json").write_text(json.dumps(dataclasses.asdict(info), indent=2) + "\n")
-    return info
-
-

@@ -1,4 +1,4 @@
-"""Byte-level BPE: trained on documents, or read from a `tokenizer.json` of the Hugging Face library `tokenizers`."""
+"""Byte-level BPE: trained on documents, or read from a tokenizer.json of the tokenizers library."""
 
 import dataclasses
 import functools
@@ -32,10 +32,14 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_buffer(self.json)
         except Exception as error:  # the library raises plain Exception or ValueError
-            raise ValueError(f"{self.name}: not a tokenizer.json of the tokenizers library ({error})") from None
+            raise ValueError(
+                f"{self.name}: not a tokenizer.json of the tokenizers library ({error})"
+            ) from None
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = True  # a document that spells "<|endoftext|>" does not end there
+        backend.encode_special_tokens = (
+            True  # a document that spells "<|endoftext|>" does not end there
+        )
         return backend
 
     def __getstate__(self):
@@ -57,7 +61,9 @@ class Tokenizer:
         for token in END_OF_DOCUMENT:
             if (index := self._backend.token_to_id(token)) is not None:
                 return index
-        raise ValueError(f"{self.name}: no end-of-document token; expected one of {' '.join(END_OF_DOCUMENT)}")
+        raise ValueError(
+            f"{self.name}: no end-of-document token; expected one of {' '.join(END_OF_DOCUMENT)}"
+        )
 
     def encode_batch(self, texts) -> list[np.ndarray]:
         """Token ids of each text, uint32, without any special token."""
@@ -72,8 +78,8 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """int32 [vocab]: UTF-8 bytes of text that each token stands for; special tokens 0.
 
-        Exact for byte-level vocabularies (whatever the cut through a character); elsewhere "▁" counts as the
-        space and "<0x0A>" as the byte that they stand for.
+        Exact for byte-level vocabularies (whatever the cut through a character); elsewhere "▁"
+        counts as the space and "<0x0A>" as the byte that they stand for.
         """
         out = np.zeros(self.vocab_size, np.int32)
         byte_level = set(pre_tokenizers.ByteLevel.alphabet())
@@ -110,10 +116,14 @@ def load(path) -> Tokenizer:
 def train(texts, *, vocab_size) -> Tokenizer:
     """Byte-level BPE of exactly `vocab_size` tokens (fewer if the texts hold too few pairs).
 
-    The same for the same texts in the same order. Ids 0 and 1 are `<|padding|>` and `<|endoftext|>`.
+    The same for the same texts in the same order. Ids 0 and 1 are `<|padding|>` and
+    `<|endoftext|>`.
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(f"vocab_size is {vocab_size}: must be at least {MIN_VOCAB_SIZE} (256 bytes, 2 special tokens)")
+        raise ValueError(
+            f"vocab_size is {vocab_size}: must be at least {MIN_VOCAB_SIZE} "
+            "(256 bytes and 2 special tokens)"
+        )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()

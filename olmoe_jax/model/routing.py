@@ -71,6 +71,7 @@ def expert_choice(router_logits, token_mask, *, k, normalize, group):
     scores = jnp.where(token_mask[..., None], probs, -1.0).reshape(-1, tokens, experts)
     per_expert = max(1, k * tokens // experts)
     _, chosen = jax.lax.top_k(jnp.swapaxes(scores, 1, 2), per_expert)  # [groups, e, per_expert]
+    chosen = ad_checkpoint.checkpoint_name(chosen, "expert_ids")
     group_index, expert_index = jnp.ogrid[: chosen.shape[0], :experts]
     selected = jnp.zeros(scores.shape, bool)
     selected = selected.at[group_index[..., None], chosen, expert_index[..., None]].set(True)

@@ -137,14 +137,14 @@ def _starting_state(config, model, abstract, saver):
     if source is None:
         return state, 0, "initialised"
     if config.training.initial_optimizer_state:
-        other = checkpoints.read_state(source, abstract)
+        other = checkpoints.read_state(source, abstract, config.model)
         state |= {"params": other["params"], "opt_state": other["opt_state"]}
     else:
         state["params"] = checkpoints.read_params(source, config.model, shardings=shardings["params"])
     return state, 0, f"started from {source}"
 
 
-def train(config, workdir, *, dry_run=False, allow_full_disk=False, profile=None, announce=print) -> Result:
+def train(config, workdir, *, dry_run=False, allow_full_disk=False, profile=None, devices=None, announce=print) -> Result:
     """Trains until config.training.num_steps updates are made, resuming what `workdir` holds.
 
     Args:
@@ -153,6 +153,7 @@ def train(config, workdir, *, dry_run=False, allow_full_disk=False, profile=None
       dry_run: stop after printing what the run will take.
       allow_full_disk: start even if the checkpoints will not fit.
       profile: directory for a JAX profiler trace of a few steps, or None.
+      devices: what the mesh is made of; default all.
       announce: called with each line meant for a person.
     Raises:
       ValueError, FileNotFoundError: the config, the data and the workdir do not fit together, before any
@@ -161,11 +162,14 @@ def train(config, workdir, *, dry_run=False, allow_full_disk=False, profile=None
     workdir = pathlib.Path(workdir)
     if jax.process_index():
         announce = lambda line: None  # noqa: E731
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, devices)
     _check_batch(config, mesh)
     model = transformer.Transformer(config.model, routing_group=config.losses.load_balancing_group)
     abstract = _abstract_state(model, config, mesh)
     runs.check_workdir(workdir, config, announce)
+    if (record := runs.finished_record(workdir, config)) is not None:
+        announce(f"finished: {workdir} holds all {config.training.num_steps} steps")
+        return Result(step=config.training.num_steps, finished=True, record=record)
     data = runs.open_data(config, workdir, announce)
     plan = preflight.plan(config, workdir, mesh=mesh)
     announce(preflight.report(plan))
@@ -176,12 +180,25 @@ def train(config, workdir, *, dry_run=False, allow_full_disk=False, profile=None
     with jax.set_mesh(mesh), checkpoints.Checkpoints(workdir, config) as saver, _StopRequest() as stop:
         state, step, how = _starting_state(config, model, abstract, saver)
         announce(f"{how}: {workdir}")
+        if step_lib.needs_counting_pass(config):
+            announce(
+                "note: the load-balancing loss over the whole batch first counts over all micro-batches: "
+                f"one more forward pass per step, {_counting_share(config):.0%} more FLOPs "
+                "(perf/counting_pass_share); config.losses.load_balancing_group avoids it"
+            )
         runs.write_config(workdir, config, data=data, peak=peak)
         with metrics_lib.MetricsWriter(workdir, step) as writer:
             return _loop(
                 config, state, step, model=model, mesh=mesh, data=data, saver=saver, writer=writer,
                 stop=stop, peak=peak, profile=profile, announce=announce,
             )  # fmt: skip
+
+
+def _counting_share(config):
+    """FLOPs of the counting pass relative to the rest of a step; it needs no head."""
+    flops = accounting.flops_per_token(config.model, config.data.sequence_length)
+    head = 2 * config.model.padded_vocab_size * config.model.d_model
+    return (flops.forward - head) / flops.training
 
 
 def _loop(config, state, first, *, model, mesh, data, saver, writer, stop, peak, profile, announce):
@@ -311,6 +328,8 @@ class _Recorder:
         for layer, (rms, norm) in enumerate(zip(metrics["layer_rms"], metrics["layer_gradient_norms"])):
             record[f"layers/{layer:02d}/rms"] = rms
             record[f"layers/{layer:02d}/gradient_norm"] = norm
+        if step_lib.needs_counting_pass(self._config):
+            record["perf/counting_pass_share"] = _counting_share(self._config)
         if "load" in metrics:
             record["train/load_balancing_loss"] = metrics["load_balancing_loss"]
             record["train/router_z_loss"] = metrics["router_z_loss"]

@@ -56,9 +56,8 @@ def environment() -> dict:
 def _git_commit():
     """Commit of the checkout that this file lies in ("…+changes" if it was edited), or None."""
     root = pathlib.Path(__file__).resolve().parents[2]
-    if not (
-        root / ".git"
-    ).exists():  # installed: an enclosing repository says nothing about this code
+    # Installed, the file may lie in somebody else's repository, which says nothing about this code.
+    if not (root / ".git").exists():
         return None
 
     def git(*args):

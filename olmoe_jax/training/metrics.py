@@ -329,7 +329,8 @@ class SpikeDetector:
                 f"step {step}: gradient norm {gradient_norm:.4g} is "
                 f"{gradient_norm / self._mean:.3g} times its running mean {self._mean:.4g} "
                 f"(config.training.spike_factor {self._factor:g}), loss {loss:.4g}: "
-                f"layer {layer} grew most, to {norms[layer]:.4g}, {growth[layer]:.3g} times its mean"
+                f"layer {layer} grew most, to {norms[layer]:.4g}, "
+                f"{growth[layer]:.3g} times its mean"
             )
             norms, gradient_norm = norms * limit / gradient_norm, limit
         self._count += 1

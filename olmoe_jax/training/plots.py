@@ -44,12 +44,12 @@ def draw_run(workdir, path, *, unigram_loss=None):
         wide = load is not None
         drawing = figure.Figure(figsize=(13 if wide else 7, 5.6), dpi=130, layout="constrained")
         backend_agg.FigureCanvasAgg(drawing)
-        grid = drawing.add_gridspec(2, 2 if wide else 1, height_ratios=(5, 4))
-        _draw_losses(drawing.add_subplot(grid[:, 0]), curves, unigram_loss)
+        left, *right = drawing.subfigures(1, 2 if wide else 1, squeeze=False)[0]
+        _draw_losses(left.subplots(), curves, unigram_loss)
         if wide:
-            layers = _layers(curves, len(load))
-            _draw_load(drawing, drawing.add_subplot(grid[0, 1]), load, layers)
-            _draw_max_load(drawing.add_subplot(grid[1, 1]), curves)
+            upper, lower = right[0].subplots(2, 1, height_ratios=(5, 4))
+            _draw_load(upper, load, _layers(curves, len(load)))
+            _draw_max_load(lower, curves)
         path = pathlib.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -123,7 +123,7 @@ def _running_mean(values):
     return np.convolve(values, np.full(SMOOTHING, 1 / SMOOTHING), mode="valid")
 
 
-def _draw_load(drawing, axes, load, layers):
+def _draw_load(axes, load, layers):
     relative = load * load.shape[1]
     norm = colors.TwoSlopeNorm(vmin=0, vcenter=1, vmax=max(2, relative.max()))
     axes.grid(False)
@@ -131,7 +131,7 @@ def _draw_load(drawing, axes, load, layers):
     every = -(-len(layers) // 12)
     axes.set_yticks(range(0, len(layers), every), layers[::every])
     axes.set(title="Load of each expert at the last checkpoint", xlabel="expert", ylabel="layer")
-    bar = drawing.colorbar(
+    bar = axes.figure.colorbar(
         image, ax=axes, label="share ÷ equal share", ticks=[0, 0.5, 1, norm.vmax]
     )
     bar.ax.set_yticklabels(["0", "0.5", "1", f"{norm.vmax:.1f}"])

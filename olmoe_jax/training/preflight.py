@@ -145,15 +145,16 @@ def check(plan, *, allow_full_disk=False):
     if plan.device_memory is not None and plan.fixed_memory > plan.device_memory:
         raise ValueError(
             f"parameters, moments and gradients take {size(plan.fixed_memory)} on each device, "
-            f"which has {size(plan.device_memory)}: take a smaller config.model, or split it over more "
-            f"devices (config.mesh.fsdp, config.mesh.expert)"
+            f"which has {size(plan.device_memory)}: take a smaller config.model, or split it over "
+            f"more devices (config.mesh.fsdp, config.mesh.expert)"
         )
     if plan.free_disk is not None and plan.disk > plan.free_disk and not allow_full_disk:
         raise ValueError(
             f"{plan.workdir}: {plan.num_checkpoints:,} checkpoints of "
             f"{size(plan.checkpoint_bytes)} and {plan.num_states:,} train states of "
-            f"{size(plan.state_bytes)} take {size(plan.disk)}, {size(plan.free_disk)} are free: raise config.checkpoint.interval, set "
-            f"config.checkpoint.dtype=bfloat16, name another --workdir, or pass --allow_full_disk"
+            f"{size(plan.state_bytes)} take {size(plan.disk)}, {size(plan.free_disk)} are free: "
+            f"raise config.checkpoint.interval, set config.checkpoint.dtype=bfloat16, name another "
+            f"--workdir, or pass --allow_full_disk"
         )
 
 
@@ -254,9 +255,8 @@ def _remaining(config, workdir):
         return steps, 0, 0
     planned = {*range(0, steps + 1, interval), steps}
     whole = accounting.disk(config)
-    num_states = max(
-        1, whole.states // whole.one_state - len(states)
-    )  # one is always being written
+    # While one is being written, the oldest is still there.
+    num_states = max(1, whole.states // whole.one_state - len(states))
     return first, len(planned - kept), num_states
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 
+from olmoe_jax import checkpoints
 from olmoe_jax import config as config_lib
 from olmoe_jax.data import pipeline
 from olmoe_jax.model import experts
@@ -87,6 +88,19 @@ def open_data(config, workdir, announce):
             f"{data.info.vocab_size} entries; set config.model.vocab_size to at least that"
         )
     return data
+
+
+def finished_record(workdir, config):
+    """The last record of a run that has made all its steps and kept the last checkpoint; else None."""
+    kept = checkpoints.list_checkpoints(workdir)
+    if not kept or kept[-1][0] < config.training.num_steps:
+        return None
+    if not (pathlib.Path(workdir) / "metrics.jsonl").is_file():
+        return None
+    record = None
+    for record in metrics.read(workdir):  # noqa: B007: the last one is wanted
+        pass
+    return record if record is not None and record["step"] == config.training.num_steps else None
 
 
 def write_config(workdir, config, *, data, peak):

@@ -11,11 +11,12 @@ def compute(x, expert_ids, weights, w_gate, w_up, w_down, *, num_slots, groups, 
     del groups, capacity_factor
     num_experts = w_gate.shape[0]
     rows = slots.sort_by_expert(expert_ids, weights, num_slots=num_slots, num_experts=num_experts)
-    gathered = x[rows.token_ids]
-    gate = jax.lax.ragged_dot(gathered, w_gate, rows.counts)
-    up = jax.lax.ragged_dot(gathered, w_up, rows.counts)
-    # Rows behind the last group may be left uninitialised by a kernel: select, never multiply by 0.
+    # Rows behind the last group may be left uninitialised by a kernel: select, never multiply by 0. The
+    # select on the input does the same for the gradient, whose rows behind the last group are as undefined.
     used = (rows.expert_ids < num_experts)[:, None]
-    hidden = jnp.where(used, slots.swiglu(gate, up) * rows.weights[:, None], 0)
+    gathered = jnp.where(used, x[rows.token_ids], 0)
+    gate = jnp.where(used, jax.lax.ragged_dot(gathered, w_gate, rows.counts), 0)
+    up = jnp.where(used, jax.lax.ragged_dot(gathered, w_up, rows.counts), 0)
+    hidden = slots.swiglu(gate, up) * rows.weights[:, None]
     down = jnp.where(used, jax.lax.ragged_dot(hidden, w_down, rows.counts), 0)
     return jnp.zeros_like(x).at[rows.token_ids].add(down)

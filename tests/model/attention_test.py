@@ -1,0 +1,122 @@
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from olmoe_jax.model import attention
+from tests import oracles
+
+FP32_SUM = 2e-5  # order of summation; values are of order 1
+
+B, LENGTH, D, HEADS, KV_HEADS, HEAD_DIM, THETA = 2, 7, 11, 6, 3, 4, 100.0
+
+
+def _module(num_kv_heads=KV_HEADS, qk_norm=True, clip_qkv=None):
+    return attention.Attention(
+        num_heads=HEADS, num_kv_heads=num_kv_heads, head_dim=HEAD_DIM, rope_theta=THETA, qk_norm=qk_norm,
+        clip_qkv=clip_qkv, norm_eps=1e-5, dtype=jnp.float32, kernel_init=nn.initializers.normal(0.7),
+    )  # fmt: skip
+
+
+def _inputs(seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(B, LENGTH, D)).astype(np.float32), np.tile(np.arange(LENGTH), (B, 1))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(module, params, x, positions, segments=None):
+    return module.apply({"params": params}, x, positions, segments)
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "qk_norm", "clip"),
+    [(HEADS, True, None), (KV_HEADS, True, 0.4), (KV_HEADS, False, 0.4), (1, False, None)],
+)
+def test_attention_equals_numpy(num_kv_heads, qk_norm, clip):
+    module = _module(num_kv_heads, qk_norm, clip)
+    x, positions = _inputs()
+    params = oracles.random_params(module, x, positions, std=0.7)
+    want = oracles.attention(
+        x, params, num_heads=HEADS, num_kv_heads=num_kv_heads, theta=THETA, clip=clip
+    )
+    np.testing.assert_allclose(
+        _apply(module, params, x, positions), want, atol=FP32_SUM * np.abs(want).max()
+    )
+
+
+def test_norm_covers_the_full_projection_before_the_split_into_heads():
+    module = _module()
+    params = oracles.random_params(module, *_inputs())
+    assert params["query_norm"]["scale"].shape == (HEADS * HEAD_DIM,)
+    assert params["key_norm"]["scale"].shape == (KV_HEADS * HEAD_DIM,)
+
+
+def test_grouped_heads_equal_full_heads_with_repeated_keys_and_values():
+    x, positions = _inputs()
+    grouped, full = _module(KV_HEADS, qk_norm=False), _module(HEADS, qk_norm=False)
+    params = oracles.random_params(grouped, x, positions, std=0.7)
+    repeated = dict(params)
+    for name in ("key", "value"):
+        per_head = params[name].reshape(D, KV_HEADS, HEAD_DIM)
+        repeated[name] = np.repeat(per_head, HEADS // KV_HEADS, axis=1).reshape(D, -1)
+    np.testing.assert_allclose(
+        _apply(grouped, params, x, positions), _apply(full, repeated, x, positions), atol=FP32_SUM
+    )
+
+
+def test_no_gradient_from_the_future_and_some_from_all_of_the_past():
+    module = _module()
+    x, positions = _inputs()
+    params = oracles.random_params(module, x, positions, std=0.7)
+    jacobian = jax.jit(
+        jax.jacrev(lambda x: module.apply({"params": params}, x[None], positions[:1])[0].sum(-1))
+    )(x[0])
+    reach = np.abs(jacobian).max(-1)  # [output position, input position]
+    assert (reach[np.triu_indices(LENGTH, 1)] == 0).all()
+    assert (reach[np.tril_indices(LENGTH)] > 0).all()
+
+
+def test_segments_equal_separate_sequences():
+    module = _module()
+    x, _ = _inputs()
+    lengths = (3, 4)
+    segments = np.repeat([[5, 2]] * B, lengths, axis=1)
+    positions = np.tile(np.concatenate([np.arange(n) for n in lengths]), (B, 1))
+    params = oracles.random_params(module, x, positions, std=0.7)
+    packed = _apply(module, params, x, positions, segments)
+    alone = [
+        _apply(module, params, x[:, :3], positions[:, :3]),
+        _apply(module, params, x[:, 3:], positions[:, 3:]),
+    ]
+    np.testing.assert_allclose(packed, np.concatenate(alone, axis=1), atol=FP32_SUM)
+
+
+def test_rotary_equals_numpy_and_keeps_dtype():
+    rng = np.random.default_rng(3)
+    x, positions = rng.normal(size=(B, LENGTH, 3, 10)), rng.integers(0, 4096, (B, LENGTH))
+    want = oracles.rotary(x, positions, 10000.0)
+    rotated = attention.rotary(jnp.asarray(x, jnp.float32), jnp.asarray(positions), theta=10000.0)
+    np.testing.assert_allclose(
+        rotated, want, atol=1e-3
+    )  # an angle of 4096 rad has 2⁻¹² rad in fp32
+    assert (
+        attention.rotary(jnp.asarray(x, jnp.bfloat16), positions, theta=1e4).dtype == jnp.bfloat16
+    )
+
+
+def test_rotary_scores_depend_on_the_distance_only():
+    rng = np.random.default_rng(4)
+    q, k = jnp.asarray(rng.normal(size=(2, 1, 1, 1, 6)), jnp.float32)
+
+    def score(query_position, key_position):
+        turned = [
+            attention.rotary(a, jnp.full((1, 1), p), theta=THETA)
+            for a, p in ((q, query_position), (k, key_position))
+        ]
+        return float(jnp.sum(turned[0] * turned[1]))
+
+    assert score(13, 8) == pytest.approx(score(105, 100), abs=1e-4)
+    assert score(13, 8) != pytest.approx(score(13, 9), abs=1e-2)
