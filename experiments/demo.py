@@ -2,9 +2,10 @@
 
     python -m experiments.demo --config=experiments/configs/demo.py --workdir=runs/demo
 
-Trains on the embedded corpus (overrides such as --config.training.num_steps=20 work as in train), then
-checks the result: validation bits per byte against a unigram model, every expert alive, and the loss with
-the context shuffled. Done work is not redone. Exits with 1 if the model fails a check.
+Trains on the embedded corpus (overrides such as --config.training.num_steps=20 work as in train),
+then checks the result: validation bits per byte against a unigram model, every expert alive, and
+the loss with the context shuffled. Done work is not redone. Exits with 1 if the model fails a
+check.
 """
 
 import json
@@ -25,7 +26,7 @@ def main(argv):
     del argv
     config, workdir = app.config(), pathlib.Path(_WORKDIR.value)
     app.tune_allocator()
-    from olmoe_jax.training import loop  # noqa: PLC0415: JAX starts after the allocator is set
+    from olmoe_jax.training import loop  # JAX starts after the allocator is set
 
     result = loop.train(config, workdir)
     if result.signal is not None:
@@ -41,7 +42,7 @@ def main(argv):
         os.replace(temporary, summary_path)
     picture = workdir / "training.png"
     if not picture.is_file():
-        from olmoe_jax.training import plots  # noqa: PLC0415: matplotlib is slow to import
+        from olmoe_jax.training import plots  # matplotlib is slow to import
 
         plots.draw_run(workdir, picture, unigram_loss=summary["unigram_loss"])
     app.write_json(summary)
@@ -50,11 +51,11 @@ def main(argv):
 
 def judge(config, workdir, record):
     """Compares the trained model with the baselines; a dict of plain numbers."""
-    import jax  # noqa: PLC0415
+    import jax
 
-    from olmoe_jax import checkpoints, sharding  # noqa: PLC0415
-    from olmoe_jax.model import transformer  # noqa: PLC0415
-    from olmoe_jax.training import runs, validation  # noqa: PLC0415
+    from olmoe_jax import checkpoints, sharding
+    from olmoe_jax.model import transformer
+    from olmoe_jax.training import runs, validation
 
     data = runs.open_data(config, workdir, print)
     mesh = sharding.make_mesh(config.mesh)
@@ -89,11 +90,17 @@ def show(summary, workdir, picture):
     """Prints the verdict and what to do next; the exit status."""
     below = 1 - summary["bits_per_byte"] / summary["unigram_bits_per_byte"]
     above = summary["shuffled_loss"] / summary["intact_loss"] - 1
+    losses = f"{summary['intact_loss']:.2f} → {summary['shuffled_loss']:.2f}"
     checks = [
-        (below >= UNIGRAM_MARGIN, f"{below:.0%} below a unigram model (at least {UNIGRAM_MARGIN:.0%})"),
-        (above >= SHUFFLE_MARGIN, f"shuffling the context raises the loss by {above:.0%} "
-                                  f"({summary['intact_loss']:.2f} → {summary['shuffled_loss']:.2f}; at least "
-                                  f"{SHUFFLE_MARGIN:.0%})"),
+        (
+            below >= UNIGRAM_MARGIN,
+            f"{below:.1%} below a unigram model (at least {UNIGRAM_MARGIN:.0%})",
+        ),
+        (
+            above >= SHUFFLE_MARGIN,
+            f"shuffling the context raises the loss by {above:.0%} ({losses}; at least "
+            f"{SHUFFLE_MARGIN:.0%})",
+        ),
         (summary["dead_experts"] == 0, f"{summary['dead_experts']} dead experts (none)"),
     ]  # fmt: skip
     print(f"\nvalidation after {summary['step']} steps, bits per byte (unigram model):")
@@ -112,7 +119,8 @@ next:
   python -m experiments.inspect_batch --workdir={workdir} --step=100
   python -m experiments.train --config=experiments/configs/demo.py --workdir=runs/no_balance \\
       --config.losses.load_balancing_weight=0.0
-  python -m experiments.prepare_data --input='my_corpus/*.jsonl.gz' --output=prepared --sequence_length=1024""")
+  python -m experiments.prepare_data --input='my_corpus/*.jsonl.gz' --output=prepared \\
+      --sequence_length=1024""")
     return 0 if all(passed for passed, _ in checks) else 1
 
 

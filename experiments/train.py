@@ -4,8 +4,8 @@
     python -m experiments.train --config=experiments/configs/tiny_moe.py --workdir=runs/tiny \
         --config.data.path=prepared --config.training.num_steps=200
 
-Any field of the config is a flag: --config.optimizer.learning_rate=1e-3. SIGTERM and Ctrl-C save the
-state before the process ends with 128 + the signal's number.
+Any field of the config is a flag: --config.optimizer.learning_rate=1e-3. SIGTERM and Ctrl-C save
+the state before the process ends with 128 + the signal's number.
 """
 
 import shlex
@@ -20,7 +20,9 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what the run will take, an
 _ALLOW_FULL_DISK = flags.DEFINE_bool(
     "allow_full_disk", False, "Start although all checkpoints will not fit on the disk."
 )
-_PROFILE = flags.DEFINE_string("profile", None, "Directory for a JAX profiler trace of steps 3 to 5.")
+_PROFILE = flags.DEFINE_string(
+    "profile", None, "Directory for a JAX profiler trace of steps 3 to 5."
+)
 
 
 def main(argv):
@@ -28,7 +30,7 @@ def main(argv):
     config = app.config()
     app.tune_allocator()
     app.start_distributed()
-    from olmoe_jax.training import loop  # noqa: PLC0415: JAX starts after the two lines above
+    from olmoe_jax.training import loop  # JAX starts after the two lines above
 
     result = loop.train(
         config, _WORKDIR.value, dry_run=_DRY_RUN.value, allow_full_disk=_ALLOW_FULL_DISK.value,

@@ -1,8 +1,8 @@
 """The losses: cross entropy, load-balancing loss, router z-loss.
 
-Each returns a *part* of the batch's loss: a sum over the given tokens divided by a number that belongs to
-the whole batch. So micro-batches add up to exactly the loss of the batch, on any mesh; a caller with one
-micro-batch leaves the whole-batch arguments at their defaults.
+Each returns a *part* of the batch's loss: a sum over the given tokens divided by a number that
+belongs to the whole batch. So micro-batches add up to exactly the loss of the batch, on any mesh;
+a caller with one micro-batch leaves the whole-batch arguments at their defaults.
 
 Letters: n MoE layers, b batch, l length, e experts, k chosen experts, g groups, v vocab, d d_model.
 """
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from olmoe_jax import sharding
 
-# Tokens (per device) whose float32 logits exist at once.
-CHUNK_TOKENS = 2048
+# Tokens (per device) whose float32 logits exist at once. On two cores, vocabulary 4,096, chunks of
+# 512 take 0.9 of the time of one chunk of 2,048: the logits stay nearer to the caches.
+CHUNK_TOKENS = 512
 
 
 def next_token_targets(tokens, loss_mask):
@@ -25,7 +26,8 @@ def next_token_targets(tokens, loss_mask):
       tokens: int32 [b, l].
       loss_mask: bool [b, l]; False: not a target.
     Returns:
-      (int32 [b, l] targets, float32 [b, l] weights): target t is token t + 1; the last position has none.
+      (int32 [b, l] targets, float32 [b, l] weights): target t is token t + 1; the last position
+      has none.
     """
     targets = jnp.roll(tokens, -1, axis=1)
     weights = jnp.roll(loss_mask, -1, axis=1).at[:, -1].set(False)
@@ -37,7 +39,11 @@ def _chunks(hidden, targets, weights):
     b, length = targets.shape
     mesh = jax.sharding.get_abstract_mesh()
     per_device = max(1, b // (1 if mesh.empty else sharding.batch_shards(mesh)))
-    fits = [c for c in range(1, length + 1) if length % c == 0 and per_device * (length // c) <= CHUNK_TOKENS]
+    fits = [
+        c
+        for c in range(1, length + 1)
+        if length % c == 0 and per_device * (length // c) <= CHUNK_TOKENS
+    ]
     count = min(fits, default=length)
     split = lambda a: jnp.moveaxis(a.reshape(b, count, length // count, *a.shape[2:]), 1, 0)  # noqa: E731
     return split(hidden), split(targets), split(weights)
@@ -47,13 +53,6 @@ def _chunk_logits(hidden, head):
     """float32 logits of one chunk, [b, l, v]."""
     logits = jnp.einsum("bld,vd->blv", hidden, head, preferred_element_type=jnp.float32)
     return sharding.constrain(logits, "batch", None, "vocab")
-
-
-def _negative_log_likelihood(logits, targets):
-    """([b, l] −log p(target), [b, l] logsumexp)."""
-    log_normaliser = jax.nn.logsumexp(logits, axis=-1)
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return log_normaliser - target_logits, log_normaliser
 
 
 def token_losses(hidden, head, targets):
@@ -68,7 +67,13 @@ def token_losses(hidden, head, targets):
     """
     head = head.astype(hidden.dtype)
     h, t, _ = _chunks(hidden, targets, targets)
-    losses = jax.lax.map(lambda x: _negative_log_likelihood(_chunk_logits(x[0], head), x[1])[0], (h, t))
+
+    def one_chunk(chunk):
+        logits = _chunk_logits(chunk[0], head)
+        target_logits = jnp.take_along_axis(logits, chunk[1][..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - target_logits
+
+    losses = jax.lax.map(one_chunk, (h, t))
     return jnp.moveaxis(losses, 0, 1).reshape(targets.shape)
 
 
@@ -76,7 +81,8 @@ def token_losses(hidden, head, targets):
 def cross_entropy_sum(hidden, head, targets, weights):
     """Σ weight · −log p(target), computed in chunks: the logits of the whole batch never exist.
 
-    The gradient is formed while the loss is: three matrix products per chunk and nothing recomputed.
+    The gradient is formed while the loss is: three matrix products per chunk and nothing
+    recomputed.
 
     Args:
       hidden: [b, l, d], the compute dtype.
@@ -97,11 +103,16 @@ def _cross_entropy_forward(hidden, head, targets, weights):
         total, d_head = carry
         h, t, w = chunk
         logits = _chunk_logits(h, cast)
-        losses, log_normaliser = _negative_log_likelihood(logits, t)
+        peak = jnp.max(logits, axis=-1, keepdims=True)
+        unnormalised = jnp.exp(logits - peak)  # one exponential serves the loss and the gradient
+        normaliser = jnp.sum(unnormalised, axis=-1, keepdims=True)
+        target_logits = jnp.take_along_axis(logits, t[..., None], axis=-1)
+        losses = (jnp.log(normaliser) + peak - target_logits)[..., 0]
         total += jnp.sum(jnp.where(w > 0, losses, 0) * w)
-        d_logits = jnp.exp(logits - log_normaliser[..., None]) * w[..., None]
-        d_logits -= jax.nn.one_hot(t, logits.shape[-1], dtype=jnp.float32) * w[..., None]
-        d_logits = d_logits.astype(hidden.dtype)
+        # vmap, not indices of all three dimensions: the partitioner then sees that rows stay where
+        # they are.
+        subtract = jax.vmap(jax.vmap(lambda row, index, weight: row.at[index].add(-weight)))
+        d_logits = subtract(unnormalised * (w[..., None] / normaliser), t, w).astype(hidden.dtype)
         d_h = jnp.einsum("blv,vd->bld", d_logits, cast)
         d_head += jnp.einsum("blv,bld->vd", d_logits, h, preferred_element_type=jnp.float32)
         return (total, sharding.constrain(d_head, "vocab", "d_model")), d_h
@@ -114,7 +125,9 @@ def _cross_entropy_forward(hidden, head, targets, weights):
 
 def _cross_entropy_backward(residuals, g):
     d_hidden, d_head = residuals
-    d_hidden = (d_hidden * g).astype(d_hidden.dtype)  # g stays float32: rounded, it would bias all of it
+    d_hidden = (d_hidden * g).astype(
+        d_hidden.dtype
+    )  # g stays float32: rounded, it would bias all of it
     return (d_hidden, (d_head * g).astype(d_head.dtype), None, None)
 
 
@@ -125,7 +138,8 @@ class RoutingStatistics(typing.NamedTuple):
     """Sums over the real tokens of each group, from which every load-balancing convention is made.
 
     Attributes:
-      counts: float32 [n, g, e], tokens whose choices (for `switch`: whose most probable expert) include e.
+      counts: float32 [n, g, e], tokens whose choices (for `switch`: whose most probable expert)
+        include e.
       probs: float32 [n, g, e], Σ over tokens of the router's softmax.
       tokens: float32 [g], real tokens.
     """
@@ -135,7 +149,9 @@ class RoutingStatistics(typing.NamedTuple):
     tokens: jax.Array
 
 
-def routing_statistics(router_logits, expert_ids, token_mask, *, convention, group) -> RoutingStatistics:
+def routing_statistics(
+    router_logits, expert_ids, token_mask, *, convention, group
+) -> RoutingStatistics:
     """Statistics per group of `group` consecutive sequences (0: all of them are one group).
 
     Args:
@@ -158,25 +174,31 @@ def routing_statistics(router_logits, expert_ids, token_mask, *, convention, gro
     )
 
 
-def load_balancing_loss(statistics, *, convention, num_experts_per_token, whole_batch=None, num_groups=None):
+def load_balancing_loss(
+    statistics, *, convention, num_experts_per_token, whole_batch=None, num_groups=None
+):
     """How unevenly tokens are spread over experts; differentiable through the probabilities only.
 
-    With f_i the share of expert i and P_i the mean probability of expert i over a group's real tokens:
+    With f_i the share of expert i and P_i the mean probability of expert i over a group's real
+    tokens:
 
-      olmoe        mean over layers of E · Σ_i f_i P_i with Σ f = 1 (f: share of the token's k slots).
+      olmoe        mean over layers of E · Σ_i f_i P_i with Σ f = 1 (f: share of the token's k
+      slots).
                    Balanced: 1. Source: the megablocks fork that trained OLMoE.
-      switch       the same with f_i the share of tokens whose most probable expert is i. Balanced: 1.
+      switch       the same with f_i the share of tokens whose most probable expert is i. Balanced:
+      1.
                    Source: Switch Transformer (arXiv 2101.03961), equations 4–6.
-      huggingface  E · Σ_i f_i P_i with Σ f = k, and f and P pooled over all layers before the product: an
-                   expert overused in one layer is offset by another. Balanced: k. Source: transformers'
-                   `load_balancing_loss_func`.
+      huggingface  E · Σ_i f_i P_i with Σ f = k, and f and P pooled over all layers before the
+      product: an
+                   expert overused in one layer is offset by another. Balanced: k. Source:
+                   transformers' `load_balancing_loss_func`.
 
     The groups' losses are averaged over the groups that hold a real token.
 
     Args:
       statistics: RoutingStatistics of these tokens.
-      whole_batch: with micro-batches and one group over the whole batch: the RoutingStatistics of the whole
-        batch, of which counts and tokens are used.
+      whole_batch: with micro-batches and one group over the whole batch: the RoutingStatistics of
+        the whole batch, of which counts and tokens are used.
       num_groups: non-empty groups of the whole batch; default: of these tokens.
     Returns:
       float32 scalar as the convention defines it; divide by `balanced_value` to log it.
@@ -201,7 +223,8 @@ def balanced_value(convention, num_experts_per_token) -> int:
 
 
 def router_z_loss(router_logits, token_mask, *, num_tokens=None):
-    """Mean over layers and real tokens of (logsumexp of a token's router logits)²; keeps logits small.
+    """Mean over layers and real tokens of (logsumexp of a token's router logits)²; keeps logits
+    small.
 
     Args:
       router_logits: [n, b, l, e]; computed in float32.
@@ -209,8 +232,8 @@ def router_z_loss(router_logits, token_mask, *, num_tokens=None):
       num_tokens: real tokens of the whole batch; default: of these tokens.
     Returns:
       float32 scalar (nats²), 0 if no token is real. Unweighted: the caller scales.
-    Source: OLMoE (arXiv 2409.02060), equation 4. The code that trained the released weights also divides
-      by k; the olmoe_1b_7b recipe does that through its weight, not here.
+    Source: OLMoE (arXiv 2409.02060), equation 4. The code that trained the released weights also
+      divides by k; the olmoe_1b_7b recipe does that through its weight, not here.
     """
     mask = token_mask.astype(jnp.float32)
     squares = jnp.square(jax.nn.logsumexp(router_logits.astype(jnp.float32), axis=-1)) * mask

@@ -1,9 +1,10 @@
 """The device mesh, and the one table that says how every parameter is laid out on it.
 
-Mesh axes: `data` (replicas), `fsdp` (parameters split over d_model, gathered where used), `expert` (experts
-split), `tensor` (heads, d_ff and vocabulary split). A laptop is the 1 × 1 × 1 × 1 mesh. The batch is split
-over `data`, `fsdp` and `expert` together. Parameters are a plain tree without boxes: a parameter's path
-decides its axes (`PARAMETER_AXES`), so the optimizer's moments, which repeat the paths, follow by themselves.
+Mesh axes: `data` (replicas), `fsdp` (parameters split over d_model, gathered where used), `expert`
+(experts split), `tensor` (heads, d_ff and vocabulary split). A laptop is the 1 × 1 × 1 × 1 mesh.
+The batch is split over `data`, `fsdp` and `expert` together. Parameters are a plain tree without
+boxes: a parameter's path decides its axes (`PARAMETER_AXES`), so the optimizer's moments, which
+  repeat the paths, follow by themselves.
 """
 
 import dataclasses
@@ -27,8 +28,8 @@ LOGICAL_AXES = {
     "vocab": "tensor",
 }
 
-# Parameter path → axis words of its trailing dimensions; a leading `layers` dimension is never split.
-# Each path must match exactly one row (`parameter_spec`).
+# Parameter path → axis words of its trailing dimensions; a leading `layers` dimension is never
+# split. Each path must match exactly one row (`parameter_spec`).
 PARAMETER_AXES = (
     ("embedding", ("vocab", "d_model")),
     ("lm_head", ("vocab", "d_model")),
@@ -71,11 +72,15 @@ def make_mesh(config, devices=None) -> Mesh:
     fixed = math.prod(s for s in sizes.values() if s != -1)
     if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
         shape = " × ".join(f"{name} {size}" for name, size in sizes.items())
-        raise ValueError(f"config.mesh is {shape}: must multiply to the number of devices ({len(devices)})")
+        raise ValueError(
+            f"config.mesh is {shape}: must multiply to the number of devices ({len(devices)})"
+        )
     shape = tuple(len(devices) // fixed if sizes[name] == -1 else sizes[name] for name in MESH_AXES)
     auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)  # linen's scan and remat need Auto axes
     if len({d.platform for d in devices}) == 1 and devices[0].platform == "tpu":
-        return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices)  # places by the torus
+        return jax.make_mesh(
+            shape, MESH_AXES, axis_types=auto, devices=devices
+        )  # places by the torus
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=auto)
 
 
@@ -86,7 +91,9 @@ def batch_shards(mesh) -> int:
 
 def path_name(path) -> str:
     """A jax key path as "layers/block_0/moe/router"."""
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    return "/".join(
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+    )
 
 
 def parameter_axes(path: str) -> tuple:
@@ -97,12 +104,15 @@ def parameter_axes(path: str) -> tuple:
     """
     rows = [axes for pattern, axes in PARAMETER_AXES if fnmatch.fnmatchcase(path, pattern)]
     if len(rows) != 1:
-        raise ValueError(f"parameter {path}: {len(rows)} rows of sharding.PARAMETER_AXES match, expected one")
+        raise ValueError(
+            f"parameter {path}: {len(rows)} rows of sharding.PARAMETER_AXES match, expected one"
+        )
     return rows[0]
 
 
 def parameter_spec(path: str, shape) -> PartitionSpec:
-    """PartitionSpec of the parameter at `path`; dimensions in front of the table's are not split."""
+    """PartitionSpec of the parameter at `path`; dimensions in front of the table's are not
+    split."""
     axes = parameter_axes(path)
     words = (None,) * (len(shape) - len(axes)) + axes
     return PartitionSpec(*(LOGICAL_AXES.get(word) for word in words))
@@ -122,8 +132,8 @@ def parameter_shardings(params, mesh):
             if axis is not None and size % mesh.shape[axis]:
                 field = f" (config.model.{_FIELD_OF_AXIS[word]})" if word in _FIELD_OF_AXIS else ""
                 raise ValueError(
-                    f"config.mesh.{axis} is {mesh.shape[axis]}: must divide the {word} dimension{field} "
-                    f"of {name}, which is {size}"
+                    f"config.mesh.{axis} is {mesh.shape[axis]}: must divide the {word} "
+                    f"dimension{field} of {name}, which is {size}"
                 )
         return NamedSharding(mesh, spec)
 
@@ -131,11 +141,14 @@ def parameter_shardings(params, mesh):
 
 
 def state_shardings(state, mesh):
-    """NamedSharding of every leaf of a train state: parameters, moments (which repeat the parameters'
+    """NamedSharding of every leaf of a train state: parameters, moments (which repeat the
+    parameters'
     paths behind a prefix) by the table, everything else on every device."""
     by_path = {
         path_name(path): sharding
-        for path, sharding in jax.tree_util.tree_leaves_with_path(parameter_shardings(state["params"], mesh))
+        for path, sharding in jax.tree_util.tree_leaves_with_path(
+            parameter_shardings(state["params"], mesh)
+        )
     }
 
     def one(path, leaf):
@@ -154,7 +167,10 @@ def batch_sharding(mesh) -> NamedSharding:
 
 
 def constrain(x, *axes):
-    """Asks the compiler to lay `x` out by axis words (None: not split). Nothing happens without a mesh."""
+    """Asks the compiler to lay `x` out by axis words (None: not split). Nothing happens without a
+    mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(LOGICAL_AXES.get(axis) for axis in axes)))
+    return jax.lax.with_sharding_constraint(
+        x, PartitionSpec(*(LOGICAL_AXES.get(axis) for axis in axes))
+    )

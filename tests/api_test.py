@@ -9,7 +9,14 @@ import olmoe_jax
 
 
 def test_public_names_are_these():
-    assert olmoe_jax.__all__ == ["Config", "ModelConfig", "Transformer", "accounting", "load", "presets"]
+    assert olmoe_jax.__all__ == [
+        "Config",
+        "ModelConfig",
+        "Transformer",
+        "accounting",
+        "load",
+        "presets",
+    ]
     assert dir(olmoe_jax) == olmoe_jax.__all__
 
 
@@ -23,7 +30,9 @@ def test_an_unknown_name_is_an_attribute_error():
         olmoe_jax.Transfomer  # noqa: B018
 
 
-@pytest.mark.parametrize("module", ["olmoe_jax.config", "olmoe_jax.data.preparation", "olmoe_jax.accounting"])
+@pytest.mark.parametrize(
+    "module", ["olmoe_jax.config", "olmoe_jax.data.preparation", "olmoe_jax.accounting"]
+)
 def test_what_needs_no_model_does_not_import_jax(module):
     code = f"import sys, {module}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

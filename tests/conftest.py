@@ -1,8 +1,8 @@
 """Every test sees eight simulated CPU devices, whatever the machine has.
 
-The tests compile hundreds of small programs and run each a few times, so XLA spends no time on machine code
-that is fast (measured: a train step compiles in 60 % of the time), and tests that run the same program share
-it through a cache. Setting XLA_FLAGS overrides the former.
+The tests compile hundreds of small programs and run each a few times, so XLA spends no time on
+machine code that is fast (measured: a train step compiles in 60 % of the time), and tests that run
+the same program share it through a cache. Setting XLA_FLAGS overrides the former.
 """
 
 import os
@@ -13,9 +13,9 @@ os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 
-import hypothesis  # noqa: E402  the platform is chosen before JAX is imported
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import hypothesis
+import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 _CACHE = tempfile.TemporaryDirectory(prefix="olmoe_jax_tests_")

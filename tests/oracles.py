@@ -1,4 +1,4 @@
-"""References in NumPy, float64, written from the formulas with loops: what the code is tested against.
+"""References in NumPy, float64, written from the formulas with loops: what tests compare with.
 
 Letters as in the package: b batch, l length, t tokens, d d_model, h heads, g kv_heads, c head_dim,
 e experts, k chosen experts, f d_ff, v vocab, n layers.
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def random_params(module, *inputs, seed=0, std=0.3):
-    """Random float32 parameters of a Flax module, norm scales around 1; nothing of the module is run."""
+    """Random float32 parameters of a Flax module, norm scales around 1; the module is not run."""
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))["params"]
 
@@ -98,7 +98,7 @@ def swiglu(x, w_gate, w_up, w_down):
 
 
 def token_choice(logits, mask, k, normalize):
-    """(ids, weights) [b, l, k]: the k largest softmax values, ties to the lower id; padding −1 and 0."""
+    """(ids, weights) [b, l, k]: the k largest softmax values, ties to the lower id; padding −1"""
     probs = softmax(logits)
     ids, weights = np.full((*probs.shape[:2], k), -1), np.zeros((*probs.shape[:2], k))
     for row, t in np.argwhere(mask):
@@ -111,7 +111,7 @@ def token_choice(logits, mask, k, normalize):
 
 
 def expert_choice(logits, mask, k, normalize, group):
-    """(selected bool, weights) [b, l, e]: per group, each expert's k · tokens // experts best tokens."""
+    """(selected bool, weights) [b, l, e]: an expert's k · tokens // experts best of a group."""
     b, length, experts = logits.shape
     probs, group = softmax(logits), group or b
     selected = np.zeros(probs.shape, bool)
@@ -156,7 +156,7 @@ def experts(x, expert_ids, factors, weights):
 
 
 def experts_gradients(x, expert_ids, factors, weights, d_y):
-    """(d_x, d_factors, d_weights) of Σ d_y · experts(…), by the chain rule, one choice at a time."""
+    """(d_x, d_factors, d_weights) of Σ d_y · experts(…), by the chain rule, choice by choice."""
     d_x, d_factors = np.zeros(x.shape), np.zeros(factors.shape)
     d_weights = {name: np.zeros(w.shape) for name, w in weights.items()}
     for t, slot in np.argwhere(expert_ids >= 0):

@@ -12,8 +12,8 @@ from olmoe_jax.model import transformer
 from olmoe_jax.training import optimizer
 
 MODEL = config_lib.ModelConfig(
-    vocab_size=62, max_length=7, num_layers=4, d_model=24, num_heads=2, num_kv_heads=2, d_ff=10, num_experts=12,
-    num_experts_per_token=2,
+    vocab_size=62, max_length=7, num_layers=4, d_model=24, num_heads=2, num_kv_heads=2, d_ff=10,
+    num_experts=12, num_experts_per_token=2,
 )  # fmt: skip
 KINDS = {
     "olmoe": {},

@@ -5,12 +5,14 @@ hashes, `writing` and `reading` the rest.
 """
 
 from olmoe_jax.checkpoints.layout import from_stored, to_stored
+from olmoe_jax.checkpoints.manifest import DamagedError
 from olmoe_jax.checkpoints.naming import checkpoint_name, find, list_checkpoints, parse_name
 from olmoe_jax.checkpoints.reading import abstract_params, read_config, read_params, read_state
 from olmoe_jax.checkpoints.writing import Checkpoints
 
 __all__ = [
     "Checkpoints",
+    "DamagedError",
     "abstract_params",
     "checkpoint_name",
     "find",

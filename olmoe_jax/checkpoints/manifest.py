@@ -1,8 +1,8 @@
 """The manifest of a checkpoint: what its arrays are, with a hash of every piece that was written.
 
 Orbax and TensorStore keep no checksum of array data and return wrong numbers for a flipped bit
-without an error. So each process hashes the pieces that it holds (the shards with replica_id 0), in the
-background, from the host memory that Orbax writes too, and its JSON file is part of the same save:
+without an error. So each process hashes the pieces that it holds (the shards with replica_id 0), in
+the background, from the host memory that Orbax writes too, and its JSON file is part of the save:
 
     manifest/process_0.json   {"process": 0, "process_count": 1, "hash": "sha256", "leaves": {NAME:
                                {"shape": […], "dtype": "float32", "pieces":
@@ -29,6 +29,10 @@ from olmoe_jax.checkpoints import layout
 
 FOLDER = "manifest"
 READ_AT_ONCE = 256 << 20  # bytes of pieces read together while verifying
+
+
+class DamagedError(ValueError):
+    """A checkpoint's files are missing or not those that were saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,7 @@ def digest(array) -> str:
 def own_pieces(leaves: dict) -> list[tuple[str, tuple, np.ndarray]]:
     """(name, start, bytes on the host) of the pieces of {name: jax.Array} that this process writes.
 
-    On CPU the bytes may be the array's own memory, which must not be donated while they are in use.
+    On CPU the bytes are the array's own memory, which nobody may overwrite while they are in use.
     """
     out = []
     for name, leaf in leaves.items():
@@ -142,13 +146,13 @@ def read(path) -> dict[str, Leaf]:
     """{name: Leaf} of the checkpoint at `path`, its processes' files put together.
 
     Raises:
-      ValueError: a file is missing or damaged, or the pieces do not cover an array.
+      DamagedError: a file is missing or damaged, or the pieces do not cover an array.
     """
     where, out, process, count = f"checkpoint {path.name}", {}, 0, 1
     while process < count:
         file = path / FOLDER / f"process_{process}.json"
         if not file.exists():
-            raise ValueError(f"{where}: {FOLDER}/{file.name} is missing, in {path}")
+            raise DamagedError(f"{where}: {FOLDER}/{file.name} is missing, in {path}")
         try:
             record = json.loads(file.read_text())
             count = int(record["process_count"])
@@ -161,7 +165,7 @@ def read(path) -> dict[str, Leaf]:
                     Piece(tuple(p["start"]), tuple(p["shape"]), p["sha256"]) for p in leaf["pieces"]
                 )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise DamagedError(
                 f"{where}: {FOLDER}/{file.name} is damaged ({error!r}), in {path}"
             ) from error
         process += 1
@@ -170,7 +174,7 @@ def read(path) -> dict[str, Leaf]:
     }
     for name, leaf in manifest.items():
         if sum(math.prod(p.shape) for p in leaf.pieces) != math.prod(leaf.shape):
-            raise ValueError(
+            raise DamagedError(
                 f"{where}: {FOLDER} is damaged (pieces of {name} do not cover it), in {path}"
             )
     return manifest

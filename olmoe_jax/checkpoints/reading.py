@@ -34,7 +34,7 @@ def read_config(path) -> config_lib.Config:
     Fields that did not exist when it was written have their defaults.
 
     Raises:
-      ValueError: config.json is missing or damaged, or does not fit this version.
+      ValueError: config.json does not fit this version; DamagedError: it is missing or damaged.
     """
     path = epath.Path(path)
     where = f"checkpoint {path.name}: {CONFIG}"
@@ -44,9 +44,9 @@ def read_config(path) -> config_lib.Config:
         for name, value in values.items():
             filled[name] = {**filled.get(name, {}), **value}
     except FileNotFoundError:
-        raise ValueError(f"{where} is missing, in {path}") from None
+        raise manifest.DamagedError(f"{where} is missing, in {path}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where} is damaged ({error!r}), in {path}") from error
+        raise manifest.DamagedError(f"{where} is damaged ({error!r}), in {path}") from error
     try:
         return config_lib.from_flags(config_lib.Config, filled)
     except (ValueError, TypeError) as error:
@@ -65,7 +65,7 @@ def read_params(path, model_config=None, shardings=None, *, dtype=None, verify=F
 
     Raises:
       FileNotFoundError: `path` is no checkpoint.
-      ValueError: the checkpoint is damaged, or holds the parameters of another architecture.
+      ValueError: it holds the parameters of another architecture; DamagedError: it is damaged.
     """
     path = naming.find(path)
     is_state = (path / STATE).is_dir() and not (path / PARAMS).is_dir()
@@ -102,7 +102,7 @@ def read_state(path, abstract_state, model_config=None):
 
     Raises:
       FileNotFoundError: `path` holds no train state.
-      ValueError: it is damaged, or its arrays are not those of `abstract_state` (no cast).
+      ValueError: its arrays are not those of `abstract_state` (no cast); DamagedError: damaged.
     """
     path = epath.Path(path)
     if not naming.is_complete(path) or not (path / CONFIG).exists():
@@ -121,17 +121,19 @@ def check_hashes(path, item: str, leaves: dict):
     """Reads every piece of `leaves` ({name: manifest.Leaf}) and compares it with its hash.
 
     Raises:
-      ValueError: arrays are damaged; the first are named.
+      DamagedError: arrays are damaged; the first are named.
     """
     text = (path / CONFIG).read_text() if (path / CONFIG).exists() else ""
     if not (path / item).is_dir():
-        raise ValueError(f"checkpoint {path.name}: the folder {item} is missing, in {path}")
+        raise manifest.DamagedError(
+            f"checkpoint {path.name}: the folder {item} is missing, in {path}"
+        )
     if manifest.config_hashes(path) != {hashlib.sha256(text.encode()).hexdigest()}:
-        raise ValueError(
+        raise manifest.DamagedError(
             f"checkpoint {path.name}: {CONFIG} is not the one that was saved, in {path}"
         )
     if bad := manifest.damaged_leaves(path, item, leaves):
-        raise ValueError(
+        raise manifest.DamagedError(
             f"checkpoint {path.name}: {len(bad)} of {len(leaves)} arrays damaged ({_some(bad)}), "
             f"in {path}"
         )
@@ -210,7 +212,9 @@ def _restore(path, item: str, leaves: dict, shardings: dict) -> dict:
         restored = layout.flatten(ocp.PyTreeCheckpointHandler().restore(path / item, args=args))
     except Exception as error:  # whatever Orbax and TensorStore make of damaged files
         check_hashes(path, item, leaves)  # names the damaged arrays
-        raise ValueError(f"checkpoint {path.name}: {item} cannot be read, in {path}") from error
+        raise manifest.DamagedError(
+            f"checkpoint {path.name}: {item} cannot be read, in {path}"
+        ) from error
     return {n: restored[n] for n in shardings}
 
 

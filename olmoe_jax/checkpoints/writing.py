@@ -61,7 +61,7 @@ class Checkpoints:
             self._report(f"error: {error}")
 
     def save_params(self, step: int, params) -> bool:
-        """Starts to save parameters in checkpoint.dtype; False if those of `step` are there already.
+        """Starts to save parameters in checkpoint.dtype; False if `step` is there already.
 
         Args:
           params: the training tree of jax.Arrays; may be donated as soon as this returns.
@@ -92,7 +92,8 @@ class Checkpoints:
         if path is None:
             return False
         if jax.default_backend() == "cpu":
-            # There the host's view of an array is its memory, which the next step may be given.
+            # There the host's view of an array is its memory. JAX 0.10 and 0.12 do not reuse a
+            # donated array while NumPy looks at it (measured), but nothing promises that.
             state = jax.tree.map(jnp.copy, state)
         self._save(reading.STATE, step, path, layout.unflatten(layout.flatten(state)))
         return True
@@ -135,7 +136,8 @@ class Checkpoints:
           abstract_state: tree of jax.ShapeDtypeStruct with shardings.
 
         Raises:
-          ValueError: it is damaged or of another configuration. No older one is taken silently.
+          ValueError: it is of another configuration; DamagedError: it is damaged. No older one is
+            taken silently.
         """
         self.wait()
         states = naming.list_complete(self._resume)
@@ -143,11 +145,10 @@ class Checkpoints:
             return None
         try:
             return reading.read_state(states[-1][1], abstract_state, self._config.model)
-        except ValueError as error:
+        except manifest.DamagedError as error:
             older = f"resume from {states[-2][1].name}" if len(states) > 1 else "start from step 0"
-            raise ValueError(
-                f"{error}; if it is damaged, delete that directory to {older}"
-            ) from error
+            message = f"{error}; delete that directory to {older}"
+            raise manifest.DamagedError(message) from error
 
     def _slices(self, params):
         """`params` as on disk, in checkpoint.dtype: new arrays, which no donation can touch."""

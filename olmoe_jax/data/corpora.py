@@ -114,14 +114,16 @@ def expand(patterns) -> list[str]:
     return sorted(paths)
 
 
-def slices(path, problems, slice_bytes=SLICE_BYTES):
+def slices(path, problems, *, name=None, slice_bytes=SLICE_BYTES):
     """Yields the `Slice`s of one file in order, with memory for about one of them.
 
+    Args:
+      name: what errors and ids call the file; default: its name without directories.
     Raises:
       ValueError: the file is damaged or cut short (under `problems.on_error == "stop"`).
     """
     lines = _line_blocks(path, problems, slice_bytes)
-    name = os.path.basename(path)
+    name = name or os.path.basename(path)
     if path.endswith(TEXT_SUFFIXES):
         yield from _text_slices(name, lines, slice_bytes)
     else:
@@ -181,7 +183,7 @@ def _dolma_document(line, where, number, name, problems):
             f'{where}: field "text" holds half of a surrogate pair, which is no character'
         )
     stem = _stem(name)
-    source = str(record.get("source") or stem)
+    source = str(record.get("source") or os.path.basename(stem))
     return Document(
         id=str(record.get("id") or f"{stem}:{number}"),
         text=record["text"],
@@ -213,7 +215,7 @@ def _text_documents(piece, problems):
         if lines and lines[-1].strip() == SEPARATOR.decode():
             text = "".join(lines[:-1])
         if text.strip():
-            yield Document(f"{stem}:{number}", text, piece.name, stem)
+            yield Document(f"{stem}:{number}", text, piece.name, os.path.basename(stem))
 
 
 def _text_slices(name, blocks, slice_bytes):

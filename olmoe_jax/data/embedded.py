@@ -30,17 +30,15 @@ BUDGETS = {  # bytes of text per domain, before deduplication
 }
 MIN_FILE_BYTES, MAX_FILE_BYTES = 1_000, 80_000
 MIN_DOCUMENT_BYTES = 300
-HEADER_SUFFIXES, INTERFACE_SUFFIXES, NOTE_SUFFIXES = (
-    (".h", ".hpp", ".cuh"),
-    (".pyi", ".proto"),
-    (".md", ".rst"),
-)
+HEADER_SUFFIXES = (".h", ".hpp", ".cuh")
+INTERFACE_SUFFIXES = (".pyi", ".proto")
+NOTE_SUFFIXES = (".md", ".rst")
 _SKIPPED_PARTS = frozenset(
-    "test tests testing _vendor vendor idlelib lib2to3 encodings pydoc_data turtledemo config "
+    "test tests testing _vendor vendor idlelib lib2to3 encodings pydoc_data turtledemo "
     "site-packages dist-packages ensurepip __pycache__ node_modules unidata".split()
 )
 _SKIPPED_FILE = re.compile(
-    r"(_test|_tests|_pb2|_pb2_grpc|_gen|_generated|conftest)\.pyi?$|^test_|^_?unicode"
+    r"(_test|_tests|_pb2|_pb2_grpc|_gen|_generated|conftest)\.pyi?$|^test_|^_?unicode|^_sysconfigdata"
 )
 _OWN_DISTRIBUTION = "olmoe-jax"
 

@@ -103,6 +103,8 @@ def prepare(
         if output.exists():
             announce(f"{output}: already prepared")
             return Result(output, _existing(output, request), 0, 0, time.time() - start)
+        if source.is_embedded:
+            announce("collecting the embedded corpus from what is installed")
         tokenizer = named or _trained(source, vocab_size, kept, request, announce)
         announce(_estimate(source, tokenizer, workers, output))
         arguments = {"seed": seed, "on_error": on_error, "directory": kept, "workers": workers}
@@ -151,11 +153,15 @@ class _Input:
 
     def __init__(self, inputs, problems):
         self.problems = problems
-        self._embedded = EMBEDDED in inputs
+        self.is_embedded = EMBEDDED in inputs
         patterns = [i for i in inputs if i != EMBEDDED]
         if not inputs:
             raise ValueError("--input names no file")
         self.paths = corpora.expand(patterns)
+        root = os.path.commonpath(
+            [os.path.dirname(os.path.abspath(p)) for p in self.paths] or ["."]
+        )
+        self._names = [os.path.relpath(p, root) for p in self.paths]
         self._documents = None
 
     def documents(self):
@@ -167,7 +173,7 @@ class _Input:
     @property
     def bytes(self):
         """To be read."""
-        own = sum(len(d.text.encode()) for d in self.documents()) if self._embedded else 0
+        own = sum(len(d.text.encode()) for d in self.documents()) if self.is_embedded else 0
         return own + sum(os.path.getsize(p) for p in self.paths)
 
     @property
@@ -180,16 +186,17 @@ class _Input:
     def identity(self):
         """What decides whether a directory was prepared from the same input."""
         files = [
-            [os.path.basename(p), os.path.getsize(p), os.stat(p).st_mtime_ns] for p in self.paths
+            [name, os.path.getsize(path), os.stat(path).st_mtime_ns]
+            for name, path in zip(self._names, self.paths, strict=True)
         ]
-        return files + ([[EMBEDDED, embedded.fingerprint()]] if self._embedded else [])
+        return files + ([[EMBEDDED, embedded.fingerprint()]] if self.is_embedded else [])
 
     def slices(self, problems=None):
         """All slices of the input, in order."""
-        if self._embedded:
+        if self.is_embedded:
             yield from corpora.slices_of(self.documents())
-        for path in self.paths:
-            yield from corpora.slices(path, problems or self.problems)
+        for name, path in zip(self._names, self.paths, strict=True):
+            yield from corpora.slices(path, problems or self.problems, name=name)
 
 
 def _existing(output, request):

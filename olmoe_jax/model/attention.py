@@ -9,7 +9,8 @@ from olmoe_jax.model import norms
 
 
 def rotary(x, positions, *, theta):
-    """Rotates pairs (i, i + head_dim/2) by positions · theta^(−2i/head_dim): half-split, as in Llama.
+    """Rotates pairs (i, i + head_dim/2) by positions · theta^(−2i/head_dim): half-split, as in
+    Llama.
 
     Args:
       x: [batch, length, heads, head_dim].
@@ -49,13 +50,16 @@ class Attention(nn.Module):
         Args:
           x: [batch, length, d_model].
           positions: int32 [batch, length], for the rotary embedding.
-          segment_ids: int32 [batch, length] or None; a position attends only inside its own segment.
+          segment_ids: int32 [batch, length] or None; a position attends only inside its own
+            segment.
         """
         b, length, d_model = x.shape
         widths = {"query": self.num_heads, "key": self.num_kv_heads, "value": self.num_kv_heads}
         heads = {}
         for name, count in widths.items():
-            kernel = self.param(name, self.kernel_init, (d_model, count * self.head_dim), jnp.float32)
+            kernel = self.param(
+                name, self.kernel_init, (d_model, count * self.head_dim), jnp.float32
+            )
             projected = x @ kernel.astype(self.dtype)
             if self.qk_norm and name != "value":
                 projected = norms.RMSNorm(self.norm_eps, name=f"{name}_norm")(projected)
@@ -64,7 +68,7 @@ class Attention(nn.Module):
             heads[name] = projected.reshape(b, length, count, self.head_dim)
         mask = None
         if segment_ids is not None:
-            mask = (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+            mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
         mixed = jax.nn.dot_product_attention(
             rotary(heads["query"], positions, theta=self.rope_theta),
             rotary(heads["key"], positions, theta=self.rope_theta),

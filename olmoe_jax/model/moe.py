@@ -29,8 +29,8 @@ class FeedForward(nn.Module):
 class MoE(nn.Module):
     """Router, experts and optional shared experts.
 
-    Shared experts are one SwiGLU of width num_shared_experts · d_ff, added unweighted: the same as that
-    many separate ones, as a SwiGLU's hidden units do not interact.
+    Shared experts are one SwiGLU of width num_shared_experts · d_ff, added unweighted: the same as
+    that many separate ones, as a SwiGLU's hidden units do not interact.
     """
 
     num_experts: int
@@ -67,7 +67,9 @@ class MoE(nn.Module):
             normalize=self.normalize_expert_weights, group=self.group,
         )  # fmt: skip
         shapes = {"w_gate": (e, d, f), "w_up": (e, d, f), "w_down": (e, f, d)}
-        weights = {name: self.param(name, self.kernel_init, s, jnp.float32) for name, s in shapes.items()}
+        weights = {
+            name: self.param(name, self.kernel_init, s, jnp.float32) for name, s in shapes.items()
+        }
         weights = {name: w.astype(self.dtype) for name, w in weights.items()}
         y = experts.compute(
             x, routed, weights, backend=self.expert_backend,

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 def rms_norm(x, scale, *, eps):
     """x / sqrt(mean(x²) + eps) · scale over the last axis.
 
-    The mean is in float32; the result is cast to x's dtype *before* the multiplication by `scale`, as in
-    the code that trained OLMoE (Llama's reference does the same; Grok multiplies first).
+    The mean is in float32; the result is cast to x's dtype *before* the multiplication by `scale`,
+    as in the code that trained OLMoE (Llama's reference does the same; Grok multiplies first).
     """
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
@@ -17,7 +17,8 @@ def rms_norm(x, scale, *, eps):
 
 
 def layer_norm(x, *, eps):
-    """(x − mean) / sqrt(variance + eps) over the last axis in float32, without parameters (OLMo v1)."""
+    """(x − mean) / sqrt(variance + eps) over the last axis in float32, without parameters (OLMo
+    v1)."""
     x32 = x.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)

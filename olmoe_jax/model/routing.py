@@ -1,7 +1,8 @@
 """Routers: which experts compute a token, and with what weight.
 
-A router is a pure function from router logits to a `Routing`, a plain value that experts, losses and
-analysis consume without knowing the router. To add one, write the function here and name it in `ROUTERS`.
+A router is a pure function from router logits to a `Routing`, a plain value that experts, losses
+and analysis consume without knowing the router. To add one, write the function here and name it in
+`ROUTERS`.
 
 Letters: b batch, l length, e experts, k chosen experts.
 """
@@ -20,8 +21,9 @@ class Routing:
 
     Attributes:
       logits: float32 [..., experts], before the softmax.
-      expert_ids: int32 [..., k], by falling weight under token choice; −1 where there is no expert (padding,
-        and under expert choice, where k = experts, every expert that did not choose the token).
+      expert_ids: int32 [..., k], by falling weight under token choice; −1 where there is no expert
+        (padding, and under expert choice, where k = experts, every expert that did not choose the
+        token).
       weights: float32 [..., k], the factor of that expert's output; 0 where expert_ids is −1.
       num_slots: an upper bound, known at trace time, of how many expert_ids are not −1.
     """
@@ -39,7 +41,8 @@ def token_choice(router_logits, token_mask, *, k, normalize, group):
       router_logits: float32 [b, l, e].
       token_mask: bool [b, l]; not used here (`route` removes padding from every router's choice).
       k: experts per token.
-      normalize: divide the k probabilities by their sum (Mixtral); OLMoE keeps the raw softmax values.
+      normalize: divide the k probabilities by their sum (Mixtral); OLMoE keeps the raw softmax
+        values.
       group: not used: each token chooses alone.
     Source: OLMoE (arXiv 2409.02060). Softmax over all experts comes first, then top-k; equal
       probabilities go to the lowest expert id.
@@ -55,15 +58,17 @@ def token_choice(router_logits, token_mask, *, k, normalize, group):
 
 
 def expert_choice(router_logits, token_mask, *, k, normalize, group):
-    """Each expert takes the k · tokens / experts tokens of a group that give it the highest probability.
+    """Each expert takes the k · tokens / experts tokens of a group that give it the highest
+    probability.
 
     Perfectly balanced, but not causal: whether a token is computed depends on later ones.
 
     Args: as `token_choice`, and
       k: mean experts per token.
       group: consecutive sequences that experts choose from; 0 is the whole batch.
-    Source: Zhou et al. (arXiv 2202.09368) as in OLMoE's ablation: the combine weight is the softmax over
-      experts. The paper's code chooses per sequence (group 1) or over the batch (group 0).
+    Source: Zhou et al. (arXiv 2202.09368) as in OLMoE's ablation: the combine weight is the
+      softmax over experts. The paper's code chooses per sequence (group 1) or over the batch
+      (group 0).
     """
     b, length, experts = router_logits.shape
     tokens = (group or b) * length
@@ -95,7 +100,8 @@ def get(name):
     if name not in ROUTERS:
         near = difflib.get_close_matches(str(name), ROUTERS, 1, cutoff=0.0)[0]
         raise ValueError(
-            f"config.model.router is {name!r}: must be one of {', '.join(ROUTERS)} (nearest: {near})"
+            f"config.model.router is {name!r}: must be one of {', '.join(ROUTERS)} "
+            f"(nearest: {near})"
         )
     return ROUTERS[name]
 
@@ -103,9 +109,10 @@ def get(name):
 def route(router_logits, token_mask, *, router, k, normalize=False, group=0) -> Routing:
     """Routing of every token by the router named `router`; padding gets no expert.
 
-    The decision is named for `jax.checkpoint`: a layer that is recomputed in the backward pass reuses the
-    saved logits, ids and weights (`SAVED_NAMES`). Recomputed logits may differ in the last bit and choose
-    another expert on a near-tie; the backward pass would then belong to another model.
+    The decision is named for `jax.checkpoint`: a layer that is recomputed in the backward pass
+    reuses the saved logits, ids and weights (`SAVED_NAMES`). Recomputed logits may differ in the
+    last bit and choose another expert on a near-tie; the backward pass would then belong to
+    another model.
     """
     name = ad_checkpoint.checkpoint_name
     router_logits = name(router_logits.astype(jnp.float32), "router_logits")

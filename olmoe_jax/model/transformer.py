@@ -78,7 +78,8 @@ class Block(nn.Module):
 
 
 class Layers(nn.Module):
-    """The repeating pattern of `moe_every` layers, of which the last is MoE: the body of the scan."""
+    """The repeating pattern of `moe_every` layers, of which the last is MoE: the body of the
+    scan."""
 
     config: config_lib.ModelConfig
     routing_group: int
@@ -158,8 +159,10 @@ class Transformer(nn.Module):
         Args:
           input_ids: int32 [batch, length].
           positions: int32 [batch, length] for the rotary embedding; default 0, 1, 2, ….
-          segment_ids: int32 [batch, length]; attention stays within equal ids. Default: one segment.
-          token_mask: bool [batch, length]; False is padding, which no expert computes. Default: all True.
+          segment_ids: int32 [batch, length]; attention stays within equal ids. Default: one
+            segment.
+          token_mask: bool [batch, length]; False is padding, which no expert computes. Default:
+            all True.
           return_routing: also return the routing of every MoE layer.
         """
         features = self.features(
@@ -174,5 +177,6 @@ class Transformer(nn.Module):
 
 
 def head_weights(params):
-    """The head's [vocab, d_model] in a parameter tree: `lm_head`, or the embedding where they are tied."""
+    """The head's [vocab, d_model] in a parameter tree: `lm_head`, or the embedding where they are
+    tied."""
     return params["lm_head"] if "lm_head" in params else params["embedding"]

@@ -1,8 +1,9 @@
 """The training loop: from a config and a workdir to checkpoints and metrics; the same call resumes.
 
-At step N, in this order: if N is a checkpoint step, validate and save the parameters after N updates; then
-make update N. So the record of step N in metrics.jsonl speaks of one set of parameters throughout, the
-run's last record holds validation only, and a resumed run begins by redoing what step N began with.
+At step N, in this order: if N is a checkpoint step, validate and save the parameters after N
+updates; then make update N. So the record of step N in metrics.jsonl speaks of one set of
+parameters throughout, the run's last record holds validation only, and a resumed run begins by
+redoing what step N began with.
 """
 
 import dataclasses
@@ -12,14 +13,13 @@ import signal
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from olmoe_jax import accounting, checkpoints, sharding
 from olmoe_jax.data import pipeline
 from olmoe_jax.model import experts, transformer
+from olmoe_jax.training import machine, preflight, runs, validation
 from olmoe_jax.training import metrics as metrics_lib
-from olmoe_jax.training import preflight, runs, validation
 from olmoe_jax.training import step as step_lib
 
 
@@ -70,7 +70,7 @@ class _StopRequest:
     def at(self, step) -> bool:
         """Whether to stop before update `step`."""
         if jax.process_count() > 1:
-            from jax.experimental import multihost_utils  # noqa: PLC0415: only with several processes
+            from jax.experimental import multihost_utils  # only with several processes
 
             if multihost_utils.reached_preemption_sync_point(step):
                 self.received = self.received or signal.SIGTERM
@@ -85,14 +85,15 @@ def _check_batch(config, mesh):
     micro = config.training.batch_size // config.training.micro_batches
     if micro % shards:
         raise ValueError(
-            f"config.training.batch_size is {config.training.batch_size}: a micro-batch ({micro} sequences) "
-            f"must be divisible by mesh data × fsdp × expert ({shards})"
+            f"config.training.batch_size is {config.training.batch_size}: a micro-batch "
+            f"({micro} sequences) must be divisible by mesh data × fsdp × expert ({shards})"
         )
     group = config.losses.load_balancing_group
     if group and (micro // shards) % group:
         raise ValueError(
-            f"config.losses.load_balancing_group is {group}: must divide a micro-batch's share on each "
-            f"device ({micro} / {shards} = {micro // shards} sequences); 0 takes the whole batch"
+            f"config.losses.load_balancing_group is {group}: must divide a micro-batch's "
+            f"share on each device ({micro} / {shards} = {micro // shards} sequences); "
+            "0 takes the whole batch"
         )
 
 
@@ -117,7 +118,9 @@ def _to_devices(batch, batch_sharding, rows, batch_size):
 
 
 def _abstract_state(model, config, mesh):
-    shapes = jax.eval_shape(functools.partial(step_lib.init_state, model=model, config=config), jax.random.key(0))
+    shapes = jax.eval_shape(
+        functools.partial(step_lib.init_state, model=model, config=config), jax.random.key(0)
+    )
     shardings = sharding.state_shardings(shapes, mesh)
     return jax.tree.map(
         lambda s, placed: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), shapes, shardings
@@ -140,11 +143,22 @@ def _starting_state(config, model, abstract, saver):
         other = checkpoints.read_state(source, abstract, config.model)
         state |= {"params": other["params"], "opt_state": other["opt_state"]}
     else:
-        state["params"] = checkpoints.read_params(source, config.model, shardings=shardings["params"])
+        state["params"] = checkpoints.read_params(
+            source, config.model, shardings=shardings["params"]
+        )
     return state, 0, f"started from {source}"
 
 
-def train(config, workdir, *, dry_run=False, allow_full_disk=False, profile=None, devices=None, announce=print) -> Result:
+def train(
+    config,
+    workdir,
+    *,
+    dry_run=False,
+    allow_full_disk=False,
+    profile=None,
+    devices=None,
+    announce=print,
+) -> Result:
     """Trains until config.training.num_steps updates are made, resuming what `workdir` holds.
 
     Args:
@@ -156,8 +170,8 @@ def train(config, workdir, *, dry_run=False, allow_full_disk=False, profile=None
       devices: what the mesh is made of; default all.
       announce: called with each line meant for a person.
     Raises:
-      ValueError, FileNotFoundError: the config, the data and the workdir do not fit together, before any
-        work; or a loss that is not finite, if training.stop_on_nan.
+      ValueError, FileNotFoundError: the config, the data and the workdir do not fit together,
+        before any work; or a loss that is not finite, if training.stop_on_nan.
     """
     workdir = pathlib.Path(workdir)
     if jax.process_index():
@@ -176,13 +190,18 @@ def train(config, workdir, *, dry_run=False, allow_full_disk=False, profile=None
     preflight.check(plan, allow_full_disk=allow_full_disk)
     if dry_run:
         return Result(step=0, finished=False)
-    peak = metrics_lib.measure_peak_flops(config.model.dtype)
-    with jax.set_mesh(mesh), checkpoints.Checkpoints(workdir, config) as saver, _StopRequest() as stop:
+    peak = machine.measure_peak_flops(config.model.dtype)
+    with (
+        jax.set_mesh(mesh),
+        checkpoints.Checkpoints(workdir, config) as saver,
+        _StopRequest() as stop,
+    ):
         state, step, how = _starting_state(config, model, abstract, saver)
         announce(f"{how}: {workdir}")
         if step_lib.needs_counting_pass(config):
             announce(
-                "note: the load-balancing loss over the whole batch first counts over all micro-batches: "
+                "note: the load-balancing loss over the whole batch first counts over all "
+                "micro-batches: "
                 f"one more forward pass per step, {_counting_share(config):.0%} more FLOPs "
                 "(perf/counting_pass_share); config.losses.load_balancing_group avoids it"
             )
@@ -212,8 +231,9 @@ def _loop(config, state, first, *, model, mesh, data, saver, writer, stop, peak,
     )
     validator = validation.Validator(model, config, data, mesh)
     batches = pipeline.Batches(
-        data, batch_size=batch_size, seed=config.training.seed, start_step=config.data.start_step, rows=rows,
-        workers=config.data.workers, mask_repetitive_windows=config.data.mask_repetitive_windows,
+        data, batch_size=batch_size, seed=config.training.seed, start_step=config.data.start_step,
+        rows=rows, workers=config.data.workers,
+        mask_repetitive_windows=config.data.mask_repetitive_windows,
     )  # fmt: skip
     recorder = _Recorder(config, writer, peak, mesh.size, announce)
     num_steps, interval = config.training.num_steps, config.checkpoint.interval
@@ -256,7 +276,8 @@ def _loop(config, state, first, *, model, mesh, data, saver, writer, stop, peak,
 
 
 class _Recorder:
-    """Turns device metrics into records, one step late so that the devices never wait for the host."""
+    """Turns device metrics into records, one step late so that the devices never wait for the
+    host."""
 
     def __init__(self, config, writer, peak, num_devices, announce):
         self.last = None
@@ -264,8 +285,12 @@ class _Recorder:
         self._devices = num_devices
         self._pending = None
         self._spikes = metrics_lib.SpikeDetector(config.training.spike_factor)
-        self._flops_per_token = accounting.flops_per_token(config.model, config.data.sequence_length).training
-        self._backend = experts.resolve(config.model.expert_backend) if config.model.num_experts else None
+        self._flops_per_token = accounting.flops_per_token(
+            config.model, config.data.sequence_length
+        ).training
+        self._backend = (
+            experts.resolve(config.model.expert_backend) if config.model.num_experts else None
+        )
         self._clock, self._paused = time.monotonic(), 0.0
         self._progress = metrics_lib.Progress(config.training.num_steps)
 
@@ -292,7 +317,11 @@ class _Recorder:
         if metrics is not None:
             metrics = jax.device_get(metrics)
             now = time.monotonic()
-            seconds, self._clock, self._paused = max(now - self._clock - self._paused, 1e-9), now, 0.0
+            seconds, self._clock, self._paused = (
+                max(now - self._clock - self._paused, 1e-9),
+                now,
+                0.0,
+            )
             record |= self._train_record(metrics, seconds)
             problem = self._spikes.check(
                 step, float(metrics["loss"]), float(metrics["gradient_norm"]),
@@ -309,9 +338,10 @@ class _Recorder:
             self._progress.close()
         if problem:
             self._announce(problem)
-            if self._config.training.stop_on_nan and not np.isfinite(
-                [metrics["loss"], metrics["gradient_norm"]]
-            ).all():
+            if (
+                self._config.training.stop_on_nan
+                and not np.isfinite([metrics["loss"], metrics["gradient_norm"]]).all()
+            ):
                 raise FloatingPointError(f"{problem}; stopped (config.training.stop_on_nan)")
 
     def _train_record(self, metrics, seconds):
@@ -324,8 +354,12 @@ class _Recorder:
             "perf/step_seconds": seconds,
             "perf/mfu": rate * self._flops_per_token / (self._peak[0] * self._devices),
         }
-        record |= {f"gradient_norm/{name}": norm for name, norm in metrics["gradient_norms"].items()}
-        for layer, (rms, norm) in enumerate(zip(metrics["layer_rms"], metrics["layer_gradient_norms"])):
+        record |= {
+            f"gradient_norm/{name}": norm for name, norm in metrics["gradient_norms"].items()
+        }
+        for layer, (rms, norm) in enumerate(
+            zip(metrics["layer_rms"], metrics["layer_gradient_norms"], strict=True)
+        ):
             record[f"layers/{layer:02d}/rms"] = rms
             record[f"layers/{layer:02d}/gradient_norm"] = norm
         if step_lib.needs_counting_pass(self._config):
@@ -334,12 +368,14 @@ class _Recorder:
             record["train/load_balancing_loss"] = metrics["load_balancing_loss"]
             record["train/router_z_loss"] = metrics["router_z_loss"]
             record["router/expert_backend"] = self._backend
-            moe_layers = [i for i in range(len(metrics["layer_rms"])) if self._config.model.is_moe_layer(i)]
+            moe_layers = [
+                i for i in range(len(metrics["layer_rms"])) if self._config.model.is_moe_layer(i)
+            ]
             record |= metrics_lib.router_metrics(metrics["load"], layers=moe_layers)
         return {k: v if isinstance(v, (str, int)) else float(v) for k, v in record.items()}
 
 
-class _profiled:  # noqa: N801: used like a function
+class _profiled:  # used like a function
     """Traces steps 3 to 5 of this process with JAX's profiler, if a directory is given."""
 
     def __init__(self, directory, step):

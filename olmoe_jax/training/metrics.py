@@ -13,16 +13,16 @@ import math
 import os
 import pathlib
 import re
+import socket
+import struct
 import sys
 import time
 
 import jax
 import numpy as np
 import tqdm
-from tensorboardX import event_file_writer
+from tensorboardX import record_writer
 from tensorboardX.proto import event_pb2, summary_pb2
-
-from olmoe_jax.training import machine
 
 # What TensorBoard shows; metrics.jsonl has everything, per layer.
 SUMMARIES = (
@@ -36,8 +36,6 @@ SUMMARIES = (
     "validation/bits_per_byte",
 )
 
-environment, measure_peak_flops = machine.environment, machine.measure_peak_flops
-
 _STEP = re.compile(rb'\{"step": (\d+)[,}]')
 
 
@@ -50,11 +48,8 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir, resume_step=0, *, announce=print):
-        self._workdir, self._resume_step, self._announce = (
-            pathlib.Path(workdir),
-            resume_step,
-            announce,
-        )
+        self._workdir, self._announce = pathlib.Path(workdir), announce
+        self._resume_step = resume_step
         self._jsonl = self._events = None
         self._last = -1
 
@@ -64,7 +59,7 @@ class MetricsWriter:
             path = self._workdir / "metrics.jsonl"
             self._last = cut_back(path, self._resume_step, announce=self._announce)
             self._jsonl = open(path, "a", encoding="utf-8")
-            self._events = _open_events(self._workdir / "tensorboard", self._resume_step)
+            self._events = _EventFile(self._workdir / "tensorboard", self._resume_step)
         return self
 
     def __exit__(self, *exc):
@@ -89,15 +84,13 @@ class MetricsWriter:
         self._jsonl.write(json.dumps(ordered, default=_plain) + "\n")
         self._jsonl.flush()
         self._last = step
-        event = event_pb2.Event(wall_time=time.time(), step=int(step))
-        for name in SUMMARIES:
-            if name in record:
-                event.summary.value.append(
-                    summary_pb2.Summary.Value(tag=name, simple_value=float(record[name]))
-                )
-        if event.summary.value:
-            self._events.write_event(event)
-            self._events.flush()
+        values = [
+            summary_pb2.Summary.Value(tag=name, simple_value=float(record[name]))
+            for name in SUMMARIES
+            if name in record
+        ]
+        if values:
+            self._events.write(step=int(step), summary=summary_pb2.Summary(value=values))
 
 
 def read(workdir):
@@ -148,22 +141,34 @@ def cut_back(path, step, *, announce=print) -> int:
     return last
 
 
-def _open_events(directory, resume_step):
+class _EventFile:
     """A TensorBoard event file; on resume it begins by voiding what other files have from there on.
 
-    tensorboardX's plain writer, not its SummaryWriter: that one names files by the second, so that
-    a run resumed within one overwrites its own, and keeps events in a queue that a kill empties.
+    Only tensorboardX's protocol buffers and checksum are used. Its writers call fsync at every
+    flush (5 ms and more, beside checkpoints being written) or keep events in a queue that a kill
+    empties, and name files by the second, so that a run resumed within one overwrites its own.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    earlier = len(list(directory.iterdir()))
-    events = event_file_writer.EventsWriter(str(directory / "events"), f".{os.getpid()}.{earlier}")
-    if earlier:
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        events.write_event(
-            event_pb2.Event(wall_time=time.time(), step=resume_step, session_log=start)
-        )
-    events.flush()
-    return events
+
+    def __init__(self, directory, resume_step):
+        directory.mkdir(parents=True, exist_ok=True)
+        earlier = len(list(directory.iterdir()))
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        self._file = open(directory / f"{name}.{os.getpid()}.{earlier}", "xb", buffering=0)
+        self.write(file_version="brain.Event:2")
+        if earlier:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self.write(step=resume_step, session_log=start)
+
+    def write(self, **fields):
+        """Adds an Event in TFRecord framing: length, its checksum, data, their checksum."""
+        data = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
+        length = struct.pack("<Q", len(data))
+        sums = [struct.pack("<I", record_writer.masked_crc32c(part)) for part in (length, data)]
+        self._file.write(length + sums[0] + data + sums[1])
+
+    def close(self):
+        """Closes the file."""
+        self._file.close()
 
 
 def _plain(value):

@@ -14,7 +14,9 @@ from olmoe_jax.checkpoints import naming
 from olmoe_jax.model import transformer
 from olmoe_jax.training import machine, metrics
 
-ASSUMED_UTILISATION = 0.3  # of the peak: a whole step, data and validation included
+# Of the peak. The run of OLMoE-1B-7B: 23,600 tokens/s on an H100, 19 %; small models on two CPU
+# cores: 10 to 20 %.
+ASSUMED_UTILISATION = 0.2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from olmoe_jax import checkpoints
 from olmoe_jax import config as config_lib
 from olmoe_jax.data import pipeline
 from olmoe_jax.model import experts
-from olmoe_jax.training import metrics
+from olmoe_jax.training import machine, metrics
 
 # Fields that a run may change when it resumes: they do not change what is computed at a step.
 _MAY_CHANGE = (
@@ -69,8 +69,8 @@ def open_data(config, workdir, announce):
     """The prepared data of a run, checked against its config.
 
     Raises:
-      FileNotFoundError, ValueError: it is absent or incomplete, or its tokenizer, vocabulary or window
-        length is not the config's.
+      FileNotFoundError, ValueError: it is absent or incomplete, or its tokenizer, vocabulary or
+        window length is not the config's.
     """
     path, length = config.data.path, config.data.sequence_length
     if path == "embedded":
@@ -91,14 +91,15 @@ def open_data(config, workdir, announce):
 
 
 def finished_record(workdir, config):
-    """The last record of a run that has made all its steps and kept the last checkpoint; else None."""
+    """The last record of a run that has made all its steps and kept the last checkpoint; else
+    None."""
     kept = checkpoints.list_checkpoints(workdir)
     if not kept or kept[-1][0] < config.training.num_steps:
         return None
     if not (pathlib.Path(workdir) / "metrics.jsonl").is_file():
         return None
     record = None
-    for record in metrics.read(workdir):  # noqa: B007: the last one is wanted
+    for record in metrics.read(workdir):  # noqa: B007 (the last one is wanted)
         pass
     return record if record is not None and record["step"] == config.training.num_steps else None
 
@@ -111,10 +112,12 @@ def write_config(workdir, config, *, data, peak):
         "config": dataclasses.asdict(config),
         "data_path": str(pathlib.Path(data.path).resolve()),
         "tokenizer_sha256": data.info.tokenizer_sha256,
-        "expert_backend": experts.resolve(config.model.expert_backend) if config.model.num_experts else None,
+        "expert_backend": experts.resolve(config.model.expert_backend)
+        if config.model.num_experts
+        else None,
         "peak_flops_per_device": peak[0],
         "peak_flops_source": peak[1],
-        "environment": metrics.environment(),
+        "environment": machine.environment(),
     }
     temporary = workdir / "config.json.tmp"
     temporary.write_text(json.dumps(content, indent=2) + "\n")

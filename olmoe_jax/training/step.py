@@ -1,9 +1,9 @@
 """One training step and one validation step, as pure functions of (state, batch).
 
-A train state is a plain dict: `params`, `opt_state`, `step` (int32, updates made), `rng` (key data; streams
-are folded from it and the step — the model itself draws no random numbers while training).
-A batch is a dict of arrays [batch, length]: `tokens`, `token_mask` (False: padding), `loss_mask` (False: not
-a target) and, for validation, `domains`.
+A train state is a plain dict: `params`, `opt_state`, `step` (int32, updates made), `rng` (key
+data; streams are folded from it and the step — the model itself draws no random numbers while
+training). A batch is a dict of arrays [batch, length]: `tokens`, `token_mask` (False: padding),
+`loss_mask` (False: not a target) and, for validation, `domains`.
 """
 
 import functools
@@ -52,13 +52,16 @@ def _totals(batch, config):
         targets = jnp.maximum(jnp.sum(weights), 1)
     group = config.losses.load_balancing_group
     grouped = batch["token_mask"].reshape(batch["tokens"].shape[0] // group if group else 1, -1)
-    return Totals(targets, jnp.sum(batch["token_mask"], dtype=jnp.float32), jnp.sum(jnp.any(grouped, axis=1)))
+    return Totals(
+        targets, jnp.sum(batch["token_mask"], dtype=jnp.float32), jnp.sum(jnp.any(grouped, axis=1))
+    )
 
 
 def _statistics(routing, token_mask, config):
     return losses.routing_statistics(
         routing.logits, routing.expert_ids, token_mask,
-        convention=config.losses.load_balancing_convention, group=config.losses.load_balancing_group,
+        convention=config.losses.load_balancing_convention,
+        group=config.losses.load_balancing_group,
     )  # fmt: skip
 
 
@@ -81,7 +84,9 @@ def _objective(params, micro, whole_batch, *, model, config, totals):
     features = _features(model, params, micro)
     targets, weights = losses.next_token_targets(micro["tokens"], micro["loss_mask"])
     head = transformer.head_weights(params)
-    cross_entropy = losses.cross_entropy_sum(features.hidden, head, targets, weights) / totals.targets
+    cross_entropy = (
+        losses.cross_entropy_sum(features.hidden, head, targets, weights) / totals.targets
+    )
     square = jnp.square(features.layer_rms) / config.training.micro_batches
     if features.routing is None:
         zero = jnp.float32(0)
@@ -94,15 +99,20 @@ def _objective(params, micro, whole_batch, *, model, config, totals):
         whole_batch=whole_batch, num_groups=totals.groups,
     )  # fmt: skip
     z = losses.router_z_loss(routing.logits, mask, num_tokens=totals.tokens)
-    load = losses.routing_statistics(routing.logits, routing.expert_ids, mask, convention="olmoe", group=0)
+    load = losses.routing_statistics(
+        routing.logits, routing.expert_ids, mask, convention="olmoe", group=0
+    )
     objective = cross_entropy + config.losses.router_z_weight * z
     if config.model.router != "expert_choice":  # balanced by construction: the loss is only logged
         objective += config.losses.load_balancing_weight * balance
-    return objective, Parts(cross_entropy, balance, z, _one_group(statistics), load.counts[:, 0], square)
+    return objective, Parts(
+        cross_entropy, balance, z, _one_group(statistics), load.counts[:, 0], square
+    )
 
 
 def needs_counting_pass(config) -> bool:
-    """Whether a step first runs the model forward over all micro-batches to count the experts' load.
+    """Whether a step first runs the model forward over all micro-batches to count the experts'
+    load.
 
     The load-balancing loss over the whole batch multiplies by the batch's load, which no single
     micro-batch knows.
@@ -123,12 +133,15 @@ def loss_and_gradient(params, batch, *, model, config):
       params: parameter tree, float32.
       batch: dict of [batch, length] arrays.
     Returns:
-      (gradient tree in float32, Parts of the whole batch with `load_balancing` as its convention defines it).
+      (gradient tree in float32, Parts of the whole batch with `load_balancing` as its convention
+      defines it).
     """
     count, totals = config.training.micro_batches, _totals(batch, config)
     fields = ("tokens", "token_mask", "loss_mask")
     micros = {
-        name: sharding.constrain(batch[name].reshape(count, -1, batch[name].shape[1]), None, "batch", None)
+        name: sharding.constrain(
+            batch[name].reshape(count, -1, batch[name].shape[1]), None, "batch", None
+        )
         for name in fields
     }
     objective = functools.partial(_objective, model=model, config=config, totals=totals)
@@ -148,7 +161,11 @@ def loss_and_gradient(params, batch, *, model, config):
     else:
         whole_batch = None
         if needs_counting_pass(config):
-            count_one = lambda micro: _statistics(_features(model, params, micro).routing, micro["token_mask"], config)  # noqa: E731, E501
+
+            def count_one(micro):
+                features = _features(model, params, micro)
+                return _statistics(features.routing, micro["token_mask"], config)
+
             per_micro = jax.lax.map(count_one, micros)
             whole_batch = jax.tree.map(lambda x: jnp.sum(x, axis=0), per_micro)
 
@@ -168,21 +185,28 @@ def loss_and_gradient(params, batch, *, model, config):
 
 
 def init_state(key, *, model, config):
-    """A fresh train state. Traceable: under jit with out_shardings no device holds the whole of it."""
+    """A fresh train state. Traceable: under jit with out_shardings no device holds the whole of
+    it."""
     init_key, rng = jax.random.split(key)
     params = model.init(init_key, jnp.zeros((1, 2), jnp.int32))["params"]
     opt_state = optimizer.make_optimizer(config.optimizer).init(params)
-    return {"params": params, "opt_state": opt_state, "step": jnp.int32(0), "rng": jax.random.key_data(rng)}
+    return {
+        "params": params,
+        "opt_state": opt_state,
+        "step": jnp.int32(0),
+        "rng": jax.random.key_data(rng),
+    }
 
 
 def train_step(state, batch, *, model, config):
     """One update.
 
     Returns:
-      (new state, metrics): float32 scalars `loss` (cross entropy, nats), `load_balancing_loss` (1.0 is
-      balanced), `router_z_loss`, `learning_rate`, `gradient_norm`; `gradient_norms` by group and
-      `layer_gradient_norms` [layers]; `layer_rms` [layers]; `load` [MoE layers, experts], each expert's
-      share of a layer's choices. All are of the parameters before the update.
+      (new state, metrics): float32 scalars `loss` (cross entropy, nats), `load_balancing_loss`
+      (1.0 is balanced), `router_z_loss`, `learning_rate`, `gradient_norm`; `gradient_norms` by
+      group and `layer_gradient_norms` [layers]; `layer_rms` [layers]; `load` [MoE layers,
+      experts], each expert's share of a layer's choices. All are of the parameters before the
+      update.
     """
     grads, parts = loss_and_gradient(state["params"], batch, model=model, config=config)
     by_group, by_layer = optimizer.global_norms(grads)
@@ -223,20 +247,25 @@ def validation_step(params, batch, *, model, config, num_domains):
     """Sums over one batch of validation windows.
 
     Returns:
-      dict of float32: `loss` and `targets` [domains], Σ nats and number of targets by the target token's
-      domain; in a MoE also `router_z` (Σ over layers and tokens), `tokens`, and `statistics` (RoutingStatistics).
+      dict of float32: `loss` and `targets` [domains], Σ nats and number of targets by the target
+      token's domain; in a MoE also `router_z` (Σ over layers and tokens), `tokens`, and
+      `statistics` (RoutingStatistics).
     """
     features = _features(model, params, batch)
     targets, weights = losses.next_token_targets(batch["tokens"], batch["loss_mask"])
     nats = losses.token_losses(features.hidden, transformer.head_weights(params), targets)
-    domains = jax.nn.one_hot(jnp.roll(batch["domains"], -1, axis=1), num_domains) * weights[..., None]
+    domains = (
+        jax.nn.one_hot(jnp.roll(batch["domains"], -1, axis=1), num_domains) * weights[..., None]
+    )
     sums = {
         "loss": jnp.einsum("bl,blk->k", jnp.where(weights > 0, nats, 0), domains),
         "targets": jnp.sum(domains, axis=(0, 1)),
     }
     if features.routing is not None:
         sums |= {
-            "router_z": losses.router_z_loss(features.routing.logits, batch["token_mask"], num_tokens=1),
+            "router_z": losses.router_z_loss(
+                features.routing.logits, batch["token_mask"], num_tokens=1
+            ),
             "tokens": jnp.sum(batch["token_mask"], dtype=jnp.float32),
             "statistics": _statistics(features.routing, batch["token_mask"], config),
             "load": losses.routing_statistics(

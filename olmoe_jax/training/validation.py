@@ -1,4 +1,5 @@
-"""Validation by domain over a fixed list of windows, and the baselines that show what a loss is worth."""
+"""Validation by domain over a fixed list of windows, and the baselines that show what a loss is
+worth."""
 
 import functools
 import math
@@ -13,7 +14,8 @@ from olmoe_jax.training import step as step_lib
 
 
 def target_bytes(batches, data):
-    """float64 [domains]: bytes of text of the targets of a list of batches, by the target's domain."""
+    """float64 [domains]: bytes of text of the targets of a list of batches, by the target's
+    domain."""
     total = np.zeros(len(data.info.domains))
     for batch in batches:
         keep = batch["loss_mask"][:, 1:]
@@ -23,7 +25,8 @@ def target_bytes(batches, data):
 
 
 def by_domain(loss_sums, targets, num_bytes, domains, suffix="") -> dict:
-    """Σ nats, target counts and their bytes, per domain → mean losses and bits per byte, overall and each."""
+    """Σ nats, target counts and their bytes, per domain → mean losses and bits per byte, overall
+    and each."""
 
     def bits(nats, size):
         return float(nats / math.log(2) / size) if size else 0.0
@@ -53,7 +56,10 @@ class Validator:
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         self._step = jax.jit(
             functools.partial(
-                step_lib.validation_step, model=model, config=config, num_domains=len(data.info.domains)
+                step_lib.validation_step,
+                model=model,
+                config=config,
+                num_domains=len(data.info.domains),
             ),
             out_shardings=everywhere,
         )
@@ -69,14 +75,18 @@ class Validator:
         return [jax.device_get(self._step(params, self._place(batch))) for batch in batches]
 
     def measure(self, params) -> dict:
-        """validation/… values of `params`: losses by domain, and in a MoE the auxiliary losses and load.
+        """validation/… values of `params`: losses by domain, and in a MoE the auxiliary losses and
+        load.
 
-        The load-balancing loss is over groups of `losses.load_balancing_group` windows of the list, or
-        over all of them; 1.0 is balanced.
+        The load-balancing loss is over groups of `losses.load_balancing_group` windows of the
+        list, or over all of them; 1.0 is balanced.
         """
         sums = self._sums(params, self._batches)
         out = by_domain(
-            sum(s["loss"] for s in sums), sum(s["targets"] for s in sums), self._bytes, self._data.info.domains
+            sum(s["loss"] for s in sums),
+            sum(s["targets"] for s in sums),
+            self._bytes,
+            self._data.info.domains,
         )
         if "statistics" not in sums[0]:
             return out
@@ -94,7 +104,9 @@ class Validator:
             jax.tree.map(jnp.asarray, merged), convention=config.load_balancing_convention,
             num_experts_per_token=model.num_experts_per_token,
         )  # fmt: skip
-        balanced = losses.balanced_value(config.load_balancing_convention, model.num_experts_per_token)
+        balanced = losses.balanced_value(
+            config.load_balancing_convention, model.num_experts_per_token
+        )
         load = sum(s["load"] for s in sums)
         share = load / np.maximum(load.sum(axis=-1, keepdims=True), 1)
         return out | {
@@ -107,18 +119,21 @@ class Validator:
         }
 
     def measure_shuffled(self, params, draws=8) -> dict:
-        """validation/{intact,shuffled}_loss: tokens predicted behind their context, and behind a random
+        """validation/{intact,shuffled}_loss: tokens predicted behind their context, and behind a
+        random
         permutation of it.
 
-        In each of `draws` passes one target per window is scored, in its second half, so that each has
-        a real context; both losses are over the same targets.
+        In each of `draws` passes one target per window is scored, in its second half, so that each
+        has a real context; both losses are over the same targets.
         """
         results = {}
         for name in ("intact", "shuffled"):
             sums = []
             for draw in range(draws):
                 rng = np.random.default_rng(draw)
-                batches = [_one_target(batch, rng, shuffle=name == "shuffled") for batch in self._batches]
+                batches = [
+                    _one_target(batch, rng, shuffle=name == "shuffled") for batch in self._batches
+                ]
                 sums += self._sums(params, batches)
             total, count = sum(s["loss"].sum() for s in sums), sum(s["targets"].sum() for s in sums)
             results[f"validation/{name}_loss"] = float(total / max(1.0, count))
@@ -140,7 +155,8 @@ def _one_target(batch, rng, *, shuffle):
 def unigram_baseline(data, config) -> dict:
     """validation/unigram_… losses: a model that knows only how often each token occurs in training.
 
-    Add-one smoothing over the tokenizer's vocabulary; the same windows and targets as `Validator.measure`.
+    Add-one smoothing over the tokenizer's vocabulary; the same windows and targets as
+    `Validator.measure`.
     """
     counts = np.asarray(data.unigram_counts, np.float64)[: data.info.vocab_size] + 1
     nats = -np.log(counts / counts.sum())
@@ -153,4 +169,6 @@ def unigram_baseline(data, config) -> dict:
         domains, tokens = batch["domains"][:, 1:][keep], batch["tokens"][:, 1:][keep]
         sums += np.bincount(domains, nats[tokens], len(sums))
         targets += np.bincount(domains, minlength=len(targets))
-    return by_domain(sums, targets, target_bytes(batches, data), data.info.domains, suffix="unigram_")
+    return by_domain(
+        sums, targets, target_bytes(batches, data), data.info.domains, suffix="unigram_"
+    )

@@ -32,7 +32,7 @@ def _read(path, on_error="stop", slice_bytes=corpora.SLICE_BYTES):
     problems = corpora.Problems(on_error)
     found = [
         document
-        for piece in corpora.slices(str(path), problems, slice_bytes)
+        for piece in corpora.slices(str(path), problems, slice_bytes=slice_bytes)
         for document in corpora.documents(piece, problems)
     ]
     return found, problems
@@ -162,6 +162,23 @@ def test_bytes_that_are_not_utf8_are_reported_with_their_line(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"fine\nbad \xff here\n")
     with pytest.raises(ValueError, match="a.txt, line 2: not UTF-8"):
         _read(tmp_path / "a.txt")
+
+
+def test_the_name_given_is_what_ids_and_errors_say(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n{')
+    problems = corpora.Problems("skip")
+    found = [
+        d
+        for name in ("a.txt", "b.jsonl")
+        for s in corpora.slices(str(tmp_path / name), problems, name=f"sub/{name}")
+        for d in corpora.documents(s, problems)
+    ]
+    assert [(d.id, d.source, d.domain) for d in found] == [
+        ("sub/a:1", "sub/a.txt", "a"),
+        ("sub/b:1", "b", "b"),
+    ]
+    assert problems.messages[0].startswith("sub/b.jsonl, line 2: ")
 
 
 def test_given_documents_come_back_from_their_slices():

@@ -16,8 +16,9 @@ B, LENGTH, D, HEADS, KV_HEADS, HEAD_DIM, THETA = 2, 7, 11, 6, 3, 4, 100.0
 
 def _module(num_kv_heads=KV_HEADS, qk_norm=True, clip_qkv=None):
     return attention.Attention(
-        num_heads=HEADS, num_kv_heads=num_kv_heads, head_dim=HEAD_DIM, rope_theta=THETA, qk_norm=qk_norm,
-        clip_qkv=clip_qkv, norm_eps=1e-5, dtype=jnp.float32, kernel_init=nn.initializers.normal(0.7),
+        num_heads=HEADS, num_kv_heads=num_kv_heads, head_dim=HEAD_DIM, rope_theta=THETA,
+        qk_norm=qk_norm, clip_qkv=clip_qkv, norm_eps=1e-5, dtype=jnp.float32,
+        kernel_init=nn.initializers.normal(0.7),
     )  # fmt: skip
 
 

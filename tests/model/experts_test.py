@@ -206,7 +206,7 @@ def test_block_size_is_a_power_of_two_near_half_the_share():
 
 
 def test_many_tokens_per_block():
-    """Blocks of more than the smallest size, several per expert, with expert loads that fill them unevenly."""
+    """Blocks larger than the smallest, several per expert, filled unevenly."""
     rng = np.random.default_rng(8)
     ids = rng.choice(E, size=(1, 499, 1), p=np.linspace(1, 11, E) / np.linspace(1, 11, E).sum())
     x, factors, weights, _ = _inputs(ids)

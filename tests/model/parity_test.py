@@ -20,8 +20,8 @@ FP32 = 2e-5  # order of summation over three layers, relative to the largest log
 B, LENGTH, VOCAB = 2, 17, 61
 SIZES = {
     "vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3,
-    "num_attention_heads": 6, "num_key_value_heads": 6, "max_position_embeddings": 32, "initializer_range": 0.3,
-    "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+    "num_attention_heads": 6, "num_key_value_heads": 6, "max_position_embeddings": 32,
+    "initializer_range": 0.3, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
 MODEL = config_lib.ModelConfig(
     vocab_size=VOCAB, max_length=32, num_layers=3, d_model=24, num_heads=6, num_kv_heads=6, d_ff=20,
@@ -73,14 +73,14 @@ def _their_model(family, settings):
 
 
 def _our_params(theirs, config):
-    """transformers' weights ([out, in], one entry per layer) as our tree ([in, out], layers stacked)."""
+    """transformers' weights ([out, in], an entry per layer) as our tree ([in, out], stacked)."""
     w = {name: value.numpy() for name, value in theirs.state_dict().items()}
 
     def stack(pattern, convert):
         parts = [convert(w[f"model.layers.{i}.{pattern}"]) for i in range(config.num_layers)]
         return np.stack(parts)
 
-    transposed, same = lambda a: np.swapaxes(a, -1, -2), lambda a: a  # noqa: E731
+    transposed, same = lambda a: np.swapaxes(a, -1, -2), lambda a: a
     attention = {
         ours: stack(f"self_attn.{x}_proj.weight", transposed)
         for ours, x in (("query", "q"), ("key", "k"), ("value", "v"), ("output", "o"))
@@ -154,7 +154,7 @@ def test_logits_equal_those_of_transformers(case):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_load_balancing_loss_equals_that_of_transformers(padded):
-    from transformers.models.olmoe import modeling_olmoe  # noqa: PLC0415  optional package
+    from transformers.models.olmoe import modeling_olmoe
 
     _, _, out = _both("olmoe")
     mask = np.ones((B, LENGTH), bool)

@@ -10,7 +10,7 @@ from tests import oracles
 
 FP32 = 1e-6  # rounding of a softmax in float32
 
-# To test another router: add its name here (the value: whether a token always gets exactly k experts).
+# To test another router: add its name here (the value: whether a token always gets k experts).
 ROUTERS = {"token_choice": True, "expert_choice": False}
 
 

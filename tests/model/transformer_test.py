@@ -15,8 +15,8 @@ FP32_SUM = 5e-5  # order of summation over a few layers; relative to the largest
 
 B, LENGTH = 2, 7
 CONFIG = config_lib.ModelConfig(
-    vocab_size=31, vocab_multiple=4, max_length=LENGTH, num_layers=2, d_model=12, num_heads=3, num_kv_heads=3,
-    d_ff=5, num_experts=7, num_experts_per_token=2, init_std=0.3,
+    vocab_size=31, vocab_multiple=4, max_length=LENGTH, num_layers=2, d_model=12, num_heads=3,
+    num_kv_heads=3, d_ff=5, num_experts=7, num_experts_per_token=2, init_std=0.3,
 )  # fmt: skip
 CONFIGS = {
     "olmoe": {},
@@ -157,7 +157,7 @@ def test_remat_changes_neither_values_nor_gradients(router):
 
 
 def _gradient_when_the_recomputation_chooses_otherwise(monkeypatch, config, params, tokens):
-    """Gradient under remat, where all but the first evaluation of each layer's router see other logits."""
+    """Gradient under remat, where all but a router's first evaluation see other logits."""
     calls, real_route = [], routing.route
 
     def noise(like):
@@ -181,8 +181,10 @@ def _gradient_when_the_recomputation_chooses_otherwise(monkeypatch, config, para
     ("router", "saved"), [("token_choice", True), ("token_choice", False), ("expert_choice", True)]
 )
 def test_remat_saves_the_choice_of_experts(monkeypatch, router, saved):
-    """Recomputed logits may differ in the last bit; a saved choice keeps the gradient that of the forward
-    pass. Without the saved names the same disturbance shows, so this test would see it."""
+    """A saved choice keeps the gradient that of the forward pass, whatever a recomputation finds.
+
+    Without the saved names the same disturbance shows: the test would see it.
+    """
     config, params, tokens = _remat_inputs(router)
     want, _ = _gradient(params, tokens, config)
     if not saved:
@@ -199,7 +201,7 @@ def test_remat_saves_the_choice_of_experts(monkeypatch, router, saved):
 
 
 def test_the_router_is_in_fp32_whatever_the_compute_dtype():
-    """fp32 logits have digits that bf16 has not; the setting that mimics Hugging Face rounds them away."""
+    """fp32 logits have digits that bf16 has not; mimicking Hugging Face rounds them away."""
     tokens, logits = _tokens(), {}
     params = _params(CONFIG)
     for router_dtype in config_lib.DTYPE_NAMES:

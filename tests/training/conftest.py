@@ -19,24 +19,26 @@ def prepared(tmp_path_factory):
             for number in range(60):
                 words = ["".join(rng.choice(list(letters), rng.integers(1, 5))) for _ in range(40)]
                 text = " ".join(words)
-                file.write(f'{{"id": "{domain}-{number}", "text": "{text}", "source": "{domain}"}}\n')
+                file.write(
+                    f'{{"id": "{domain}-{number}", "text": "{text}", "source": "{domain}"}}\n'
+                )
     out = tmp_path_factory.mktemp("prepared") / "data"
     preparation.prepare(
-        [str(folder / "*.jsonl")], out, sequence_length=LENGTH, vocab_size=280, validation_fraction=0.1,
-        announce=lambda line: None,
+        [str(folder / "*.jsonl")], out, sequence_length=LENGTH, vocab_size=280,
+        validation_fraction=0.1, announce=lambda line: None,
     )  # fmt: skip
     return out
 
 
 @pytest.fixture
 def make_run(prepared):
-    """Config of a run on `prepared` with tiny sizes; sections as keywords: training=dict(num_steps=3)."""
+    """Config of a tiny run on `prepared`; sections as keywords: training=dict(num_steps=3)."""
 
     def make(**sections):
         defaults = {
             "model": dict(
-                vocab_size=280, max_length=LENGTH, num_layers=2, d_model=16, num_heads=2, num_kv_heads=2,
-                d_ff=8, num_experts=5, num_experts_per_token=2,
+                vocab_size=280, max_length=LENGTH, num_layers=2, d_model=16, num_heads=2,
+                num_kv_heads=2, d_ff=8, num_experts=5, num_experts_per_token=2,
             ),
             "data": dict(path=str(prepared), sequence_length=LENGTH, validation_windows=11),
             "losses": {},
@@ -50,8 +52,7 @@ def make_run(prepared):
             "optimizer": config.OptimizerConfig, "training": config.TrainingConfig,
             "checkpoint": config.CheckpointConfig, "mesh": config.MeshConfig,
         }  # fmt: skip
-        return config.Config(**{
-            name: kinds[name](**{**fields, **sections.get(name, {})}) for name, fields in defaults.items()
-        })  # fmt: skip
+        merged = {name: {**fields, **sections.get(name, {})} for name, fields in defaults.items()}
+        return config.Config(**{name: kinds[name](**fields) for name, fields in merged.items()})
 
     return make

@@ -1,4 +1,5 @@
-"""The loop as it is used: trained straight, stopped and resumed, started from others' checkpoints."""
+"""The loop as it is used: trained straight, stopped and resumed, started from others'
+checkpoints."""
 
 import dataclasses
 import json
@@ -49,7 +50,10 @@ def assert_same_run(one, other):
     "sections",
     [
         {},
-        dict(training=dict(batch_size=16, micro_batches=2, num_steps=12), losses=dict(load_balancing_group=1)),
+        dict(
+            training=dict(batch_size=16, micro_batches=2, num_steps=12),
+            losses=dict(load_balancing_group=1),
+        ),
     ],
     ids=["whole_batch", "micro_batches"],
 )
@@ -95,7 +99,9 @@ def test_resuming_is_bit_identical_across_an_epoch(tmp_path, make_run, prepared,
     ):
         assert a == b
         jax.tree.map(
-            np.testing.assert_array_equal, checkpoints.read_params(one), checkpoints.read_params(other)
+            np.testing.assert_array_equal,
+            checkpoints.read_params(one),
+            checkpoints.read_params(other),
         )
 
 
@@ -160,7 +166,9 @@ def test_logged_values_are_those_of_the_formulas(tmp_path, make_run, prepared, g
         assert record["validation/router_z_loss"] == pytest.approx(z, rel=FP32_SUM)
         groups = np.array_split(np.arange(11), 11 // group) if group else [np.arange(11)]
         balance = [
-            oracle_balance(router_logits[:, rows], np.asarray(out.routing.expert_ids)[:, rows], mask[rows])
+            oracle_balance(
+                router_logits[:, rows], np.asarray(out.routing.expert_ids)[:, rows], mask[rows]
+            )
             for rows in groups
         ]
         expected = np.mean(balance)
@@ -209,13 +217,17 @@ def poisoned(monkeypatch, layer):
     monkeypatch.setattr(step, "init_state", init_state)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_layer(tmp_path, make_run, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_layer(
+    tmp_path, make_run, monkeypatch
+):
     poisoned(monkeypatch, layer=1)
     with pytest.raises(FloatingPointError, match="step 0: .*from layer 1 on.*stop_on_nan"):
         train(make_run(), tmp_path)
 
 
-def test_a_loss_that_is_not_finite_is_reported_where_the_run_goes_on(tmp_path, make_run, monkeypatch):
+def test_a_loss_that_is_not_finite_is_reported_where_the_run_goes_on(
+    tmp_path, make_run, monkeypatch
+):
     poisoned(monkeypatch, layer=0)
     lines = []
     run = make_run(training=dict(num_steps=2, stop_on_nan=False))
@@ -231,24 +243,36 @@ def test_a_run_starts_from_a_checkpoint_with_or_without_its_optimizer_state(tmp_
     state_dir = next((tmp_path / "first" / "resume").glob("step3-*"))
     starts = {}
     for name, source, with_state in (("fresh", newest, False), ("carried", state_dir, True)):
-        fields = dict(num_steps=2, initial_checkpoint=str(source), initial_optimizer_state=with_state)
+        fields = dict(
+            num_steps=2, initial_checkpoint=str(source), initial_optimizer_state=with_state
+        )
         run = make_run(training=fields, data=dict(start_step=3), checkpoint=dict(interval=1))
         train(run, tmp_path / name)
         kept = dict(checkpoints.list_checkpoints(tmp_path / name))
         jax.tree.map(np.testing.assert_array_equal, checkpoints.read_params(kept[0]), params)
         starts[name] = checkpoints.read_params(kept[1])
-        assert records(tmp_path / name)[0]["train/loss"] == records(tmp_path / "fresh")[0]["train/loss"]
+        assert (
+            records(tmp_path / name)[0]["train/loss"]
+            == records(tmp_path / "fresh")[0]["train/loss"]
+        )
     same = jax.tree.map(lambda a, b: np.array_equal(a, b), starts["fresh"], starts["carried"])
     assert not all(jax.tree.leaves(same))  # Adam's moments make another first update
 
 
 def refused(make_run, workdir, match, **sections):
     with pytest.raises((ValueError, FileNotFoundError), match=match):
-        loop.train(make_run(**sections), workdir, announce=lambda line: None)  # on all eight devices
+        loop.train(
+            make_run(**sections), workdir, announce=lambda line: None
+        )  # on all eight devices
 
 
 def test_what_does_not_fit_together_is_refused_before_any_work(tmp_path, make_run):
-    refused(make_run, tmp_path, "batch_size is 4.*mesh data × fsdp × expert .8.", training=dict(batch_size=4))
+    refused(
+        make_run,
+        tmp_path,
+        "batch_size is 4.*mesh data × fsdp × expert .8.",
+        training=dict(batch_size=4),
+    )
     group = dict(load_balancing_group=2)
     refused(make_run, tmp_path, "load_balancing_group is 2.*share on each device", losses=group)
     refused(make_run, tmp_path, "config.mesh is .*number of devices .8.", mesh=dict(data=3))
@@ -256,10 +280,20 @@ def test_what_does_not_fit_together_is_refused_before_any_work(tmp_path, make_ru
         make_run, tmp_path, "config.mesh.expert is 4: must divide.*num_experts.*which is 5",
         mesh=dict(data=2, expert=4),
     )  # fmt: skip
-    refused(make_run, tmp_path, "vocab_size is 64: the tokenizer of .* has 280", model=dict(vocab_size=64))
+    refused(
+        make_run,
+        tmp_path,
+        "vocab_size is 64: the tokenizer of .* has 280",
+        model=dict(vocab_size=64),
+    )
     refused(make_run, tmp_path, "sequence_length", data=dict(sequence_length=8))
     refused(make_run, tmp_path, "nowhere", data=dict(path=str(tmp_path / "nowhere")))
-    refused(make_run, tmp_path, "router is 'token_chioce'.*nearest: token_choice", model=dict(router="token_chioce"))
+    refused(
+        make_run,
+        tmp_path,
+        "router is 'token_chioce'.*nearest: token_choice",
+        model=dict(router="token_chioce"),
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -269,13 +303,16 @@ def test_another_tokenizer_than_the_datas_is_refused_with_both_hashes(tmp_path, 
     content["model"]["merges"] = content["model"]["merges"][:-1]
     other.write_text(json.dumps(content))
     found = pipeline.open(prepared).info.tokenizer_sha256
-    refused(make_run, tmp_path / "run", f"{found[:8]}.*tokenizer.json", data=dict(tokenizer=str(other)))
+    refused(
+        make_run, tmp_path / "run", f"{found[:8]}.*tokenizer.json", data=dict(tokenizer=str(other))
+    )
 
 
 def test_a_workdir_of_another_configuration_is_refused_and_named(tmp_path, make_run):
     train(make_run(training=dict(num_steps=1)), tmp_path)
     refused(
-        make_run, tmp_path, "config.model.d_ff: 8 != 4; config.optimizer.learning_rate: 0.003 != 0.01",
+        make_run, tmp_path,
+        "config.model.d_ff: 8 != 4; config.optimizer.learning_rate: 0.003 != 0.01",
         training=dict(num_steps=1), model=dict(d_ff=4), optimizer=dict(learning_rate=1e-2),
     )  # fmt: skip
     # A resumed run may change what leaves the arithmetic alone.
@@ -295,12 +332,15 @@ def start(workdir, experiment):
         sys.executable, "-m", "experiments.train", f"--config={experiment}", f"--workdir={workdir}",
     ]  # fmt: skip
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tmp_path, make_run):
-    """SIGKILL five times, whatever the process was doing: the last run equals one that was left alone."""
+    """SIGKILL five times, whatever the process was doing: the last run equals one that was left
+    alone."""
     run = make_run(training=dict(num_steps=60), checkpoint=dict(interval=1))
     experiment = tmp_path / "experiment.py"
     experiment.write_text(
@@ -313,7 +353,10 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tmp_path, mak
     assert straight.returncode == 0, output
     rng = np.random.default_rng(0)
     for _ in range(5):
-        process, begun = start(tmp_path / "killed", experiment), len(list_names(tmp_path / "killed"))
+        process, begun = (
+            start(tmp_path / "killed", experiment),
+            len(list_names(tmp_path / "killed")),
+        )
         deadline = time.monotonic() + 120
         while len(list_names(tmp_path / "killed")) < begun + 5 and time.monotonic() < deadline:
             if process.poll() is not None:
@@ -330,4 +373,6 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tmp_path, mak
 
 def list_names(workdir):
     folder = workdir / "checkpoints"
-    return sorted(p.name for p in folder.iterdir() if "tmp" not in p.name) if folder.is_dir() else []
+    return (
+        sorted(p.name for p in folder.iterdir() if "tmp" not in p.name) if folder.is_dir() else []
+    )

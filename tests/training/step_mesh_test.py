@@ -12,10 +12,13 @@ from olmoe_jax import sharding
 from olmoe_jax.training import step as step_lib
 from tests.training import tiny
 
+# Parts into which each mesh splits an expert matrix.
+SHARES = {"one device": 1, "data 8": 1, "fsdp 8": 8, "expert 4 × data 2": 4}
+
 
 @functools.cache
 def _reference(config):
-    """(gradient, values) of a whole batch at once by plain autodiff of the formulas, on one device."""
+    """(gradient, values) of a whole batch by plain autodiff of the formulas, on one device."""
     batch, model = tiny.random_batch(config), tiny.make_model(config)
     tokens, mask = batch["tokens"], batch["token_mask"]
     group = config.losses.load_balancing_group or len(tokens)
@@ -58,7 +61,11 @@ def _check_against_reference(config, mesh):
     assert (load.max(-1) > 2 * load.mean(-1)).all(), (
         "the routing is balanced: the test shows little"
     )
-    gradient, parts = tiny.gradient(config, mesh)
+    gradient, parts = tiny.gradient_on_devices(config, mesh)
+    w_gate = gradient["layers"]["block_0"]["moe"][
+        "w_gate"
+    ]  # the sum over micro-batches is split too
+    assert w_gate.addressable_shards[0].data.size == w_gate.size // SHARES[mesh]
     jax.tree.map(tiny.close, gradient, want)
     for got, expected in ((parts.cross_entropy, cross_entropy), (parts.load_balancing, balance)):
         tiny.close(got, expected)
@@ -143,7 +150,7 @@ def test_groups_of_expert_choice_and_capacity_do_not_depend_on_the_mesh(model, m
 
 @pytest.mark.parametrize("mesh", ["fsdp 8", "expert 4 × data 2"])
 def test_each_device_holds_only_its_share(mesh):
-    """Of parameters and both moments, after a step; a replicated expert would be eight times the memory."""
+    """Of parameters and both moments, after a step."""
     state, _, _ = tiny.after_steps(tiny.CONFIG, mesh, 1)
     shapes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -151,8 +158,7 @@ def test_each_device_holds_only_its_share(mesh):
         if "/moe/w_" in name:
             sizes = {shard.data.size for shard in leaf.addressable_shards}
             assert len(leaf.addressable_shards) == 8
-            share = 8 if mesh == "fsdp 8" else 4
-            assert sizes == {leaf.size // share}, name
+            assert sizes == {leaf.size // SHARES[mesh]}, name
             shapes[name] = leaf.addressable_shards[0].data.shape
     assert len(shapes) == 9  # three matrices and the two moments of each
     names = [name for name in shapes if name.endswith("w_gate")]

@@ -86,7 +86,7 @@ def _router(tree):
 
 
 def _objective_and_choices(config, params):
-    """The objective that `loss_and_gradient` differentiates, and the choices, from the NumPy model."""
+    """The objective that the step differentiates, and the choices, from the NumPy model."""
     batch = tiny.random_batch(config)
     out = oracles.transformer(params, tiny.MODEL, batch["tokens"], mask=batch["token_mask"])
     nats, count = oracles.cross_entropy(out.logits, batch["tokens"], batch["loss_mask"])
@@ -107,7 +107,7 @@ def _with_router(params, router):
 
 @pytest.mark.parametrize("weights", [(2.0, 0.0), (0.0, 0.3), (2.0, 0.3)])
 def test_gradient_of_the_whole_step_equals_finite_differences(weights):
-    """Along a direction of the router, in float64 and with no choice flipped between the two ends."""
+    """Along a direction of the router, in float64, with no choice flipped between the ends."""
     config = _auxiliary(weights)
     gradient, _ = tiny.gradient(config)
     params, step = tiny.random_params(), 1e-5

@@ -56,7 +56,7 @@ def make_model(config):
 
 @functools.cache
 def random_params(model=MODEL):
-    """Random parameters whose router is far from balanced: experts like what all tokens have in common."""
+    """Random parameters with unbalanced routing: experts like what all tokens have in common."""
     params = oracles.random_params(transformer.Transformer(model), jnp.zeros((1, 2), jnp.int32))
     common = np.random.default_rng(1).choice(np.float32([-1, 1]), model.d_model)
     params["embedding"] += 0.5 * common
@@ -68,7 +68,7 @@ def random_params(model=MODEL):
 
 
 def random_batch(config=CONFIG, seed=0):
-    """Rows of uneven length, empty rows, an empty group, and windows that are read but not learnt."""
+    """Rows of uneven length, empty rows, an empty group, windows that are read but not learnt."""
     rng = np.random.default_rng(seed)
     b = config.training.batch_size
     real = rng.integers(0, LENGTH + 1, (b, 1))
@@ -82,14 +82,18 @@ def random_batch(config=CONFIG, seed=0):
     }
 
 
-def gradient(config, mesh="one device", params=None, batch=None):
-    """(gradient, Parts), computed on a mesh."""
+def gradient_on_devices(config, mesh="one device", params=None, batch=None):
+    """(gradient, Parts), computed on a mesh and left there."""
     mesh, params = make_mesh(mesh), random_params(config.model) if params is None else params
     with jax.set_mesh(mesh):
         params = jax.device_put(params, sharding.parameter_shardings(params, mesh))
         batch = jax.device_put(batch or random_batch(config), sharding.batch_sharding(mesh))
-        run = _jitted_gradient(config)
-        return jax.device_get(run(params, batch))
+        return _jitted_gradient(config)(params, batch)
+
+
+def gradient(config, mesh="one device", params=None, batch=None):
+    """(gradient, Parts) as NumPy arrays, computed on a mesh."""
+    return jax.device_get(gradient_on_devices(config, mesh, params, batch))
 
 
 @functools.cache

@@ -2,10 +2,11 @@
 
 A backend computes, for every token, the weighted sum of its experts' SwiGLU outputs:
 
-    y[t] = Σ over the token's experts e of weight · (silu(x[t] @ w_gate[e]) · (x[t] @ w_up[e])) @ w_down[e]
+    y[t] = Σ over the token's experts e of weight · (silu(x[t] @ w_gate[e]) · (x[t] @ w_up[e])) @
+    w_down[e]
 
-All but `capacity` are dropless and agree to the order of summation; `dense` is the reference. To add one,
-write a file here with a function of the same arguments and name it in `BACKENDS`.
+All but `capacity` are dropless and agree to the order of summation; `dense` is the reference. To
+add one, write a file here with a function of the same arguments and name it in `BACKENDS`.
 
 Letters: t tokens, d d_model, e experts, f d_ff, k chosen experts.
 """
@@ -25,15 +26,17 @@ BACKENDS = {
     "capacity": capacity.compute,
 }
 
-# Backends that sort tokens: on several devices each sorts its own tokens, with the weights gathered.
+# Backends that sort tokens: on several devices each sorts its own tokens, with the weights
+# gathered.
 _LOCAL = ("ragged", "blocked")
 
 
 def resolve(backend, platform=None) -> str:
-    """The backend's name, with "auto" decided by platform ("cpu", "gpu", "tpu"; default: JAX's own).
+    """The backend's name, with "auto" decided by platform ("cpu", "gpu", "tpu"; default: JAX's
+    own).
 
-    ragged_dot is a grouped-matmul kernel on TPU only: on CPU it runs 70–100 times slower than batched
-    matmuls, on GPU XLA lowers it to dense work with buffers of tokens · experts.
+    ragged_dot is a grouped-matmul kernel on TPU only: on CPU it runs 70–100 times slower than
+    batched matmuls, on GPU XLA lowers it to dense work with buffers of tokens · experts.
 
     Raises:
       ValueError: no such backend.
@@ -43,8 +46,8 @@ def resolve(backend, platform=None) -> str:
     if backend not in BACKENDS:
         near = difflib.get_close_matches(str(backend), BACKENDS, 1, cutoff=0.0)[0]
         raise ValueError(
-            f"config.model.expert_backend is {backend!r}: must be auto or one of {', '.join(BACKENDS)} "
-            f"(nearest: {near})"
+            f"config.model.expert_backend is {backend!r}: must be auto or one of "
+            f"{', '.join(BACKENDS)} (nearest: {near})"
         )
     return backend
 

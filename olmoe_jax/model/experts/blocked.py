@@ -1,8 +1,9 @@
-"""Tokens sorted by expert and cut into blocks that each belong to one expert: plain batched matmuls.
+"""Tokens sorted by expert and cut into blocks that each belong to one expert: plain batched
+matmuls.
 
 Dropless and right everywhere; made for CPU, where batched matmuls run near the machine's peak and
-`ragged_dot` does not. Each expert's rows are padded up to whole blocks, so the work does not depend on
-how unbalanced the routing is: slots / block + experts blocks, always.
+`ragged_dot` does not. Each expert's rows are padded up to whole blocks, so the work does not
+depend on how unbalanced the routing is: slots / block + experts blocks, always.
 """
 
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ from olmoe_jax.model.experts import slots
 def block_size(num_slots, num_experts) -> int:
     """Rows per block: about half of an expert's balanced share, a power of two in 8..128.
 
-    Smaller blocks waste less on padding (half a block per expert); larger ones copy the experts' weights
-    less often and multiply faster.
+    Smaller blocks waste less on padding (half a block per expert); larger ones copy the experts'
+    weights less often and multiply faster.
     """
     share = max(1, num_slots // (2 * num_experts))
     return min(128, max(8, 1 << (share.bit_length() - 1)))
@@ -30,8 +31,8 @@ def compute(x, expert_ids, weights, w_gate, w_up, w_down, *, num_slots, groups, 
     blocks_of = -(-rows.counts // size)  # [e]
     block_end = jnp.cumsum(blocks_of)
     row_start, block_start = jnp.cumsum(rows.counts) - rows.counts, block_end - blocks_of
-    # Row r of expert e goes to row (r − row_start[e]) of that expert's blocks; rows without an expert go
-    # out of range and are dropped.
+    # Row r of expert e goes to row (r − row_start[e]) of that expert's blocks; rows without an
+    # expert go out of range and are dropped.
     expert = jnp.minimum(rows.expert_ids, num_experts - 1)
     target = block_start[expert] * size + jnp.arange(num_slots) - row_start[expert]
     target = jnp.where(rows.expert_ids < num_experts, target, num_blocks * size)

@@ -1,4 +1,5 @@
-"""A fixed number of rows per expert and group; choices beyond it are dropped. For comparison only."""
+"""A fixed number of rows per expert and group; choices beyond it are dropped. For comparison
+only."""
 
 import math
 
@@ -14,7 +15,8 @@ def rows_per_expert(tokens, k, num_experts, capacity_factor) -> int:
 
 
 def compute(x, expert_ids, weights, w_gate, w_up, w_down, *, num_slots, groups, capacity_factor):
-    """See `experts.compute`; x is [t, d], expert_ids and weights [t, k]; t is split into `groups` groups.
+    """See `experts.compute`; x is [t, d], expert_ids and weights [t, k]; t is split into `groups`
+    groups.
 
     First choices of all tokens of a group come before second choices (Switch, GShard), so what is
     dropped is a token's least weighty expert first.
@@ -30,7 +32,9 @@ def compute(x, expert_ids, weights, w_gate, w_up, w_down, *, num_slots, groups, 
         counts = jnp.zeros(num_experts + 1, jnp.int32).at[by_rank].add(1)
         start = jnp.cumsum(counts) - counts
         place = jnp.arange(k * tokens) - start[by_rank[order]]  # position within the expert
-        target = jnp.where(place < capacity, by_rank[order] * capacity + place, num_experts * capacity)
+        target = jnp.where(
+            place < capacity, by_rank[order] * capacity + place, num_experts * capacity
+        )
         token_ids = jnp.full(num_experts * capacity, tokens, jnp.int32)
         token_ids = token_ids.at[target].set((order % tokens).astype(jnp.int32), mode="drop")
         kept = jnp.zeros(num_experts * capacity, x.dtype)
