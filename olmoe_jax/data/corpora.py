@@ -260,9 +260,8 @@ def _line_blocks(path, problems, block_bytes):
             if cut:
                 yield line, data[:cut]
                 line += data.count(b"\n", 0, cut)
-            wanted = (
-                block_bytes if cut else 2 * size
-            )  # doubling keeps a long line from being joined too often
+            # doubling keeps a long line from being joined too often
+            wanted = block_bytes if cut else 2 * size
             rest, size = [data[cut:]], size - cut
     except (EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
         data = b"".join(rest)

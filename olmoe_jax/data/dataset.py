@@ -15,9 +15,8 @@ import tensorflow_datasets as tfds
 
 VERSION = "1.0.0"
 NAME = "prepared_corpus"
-SHARD_BYTES = (
-    64 << 20
-)  # of arrays, before compression; TFDS holds one shard's windows while it counts them
+# Of arrays, before compression; TFDS holds the windows of one shard while it counts them.
+SHARD_BYTES = 64 << 20
 BYTES_PER_TOKEN = 4 + 4 + 1  # tokens, documents, domains
 
 
@@ -30,9 +29,8 @@ class PreparedCorpus(tfds.core.ShardBasedBuilder):
 
     VERSION = tfds.core.Version(VERSION)
     name = NAME
-    code_path = (
-        None  # TFDS looks there for checksums of downloads, with a module that may not be installed
-    )
+    # TFDS looks there for checksums of downloads, with a module that may not be installed
+    code_path = None
 
     def __init__(self, *, sequence_length, splits, **kwargs):
         """`splits`: {name: (number of windows, function that returns an iterator over them)}."""

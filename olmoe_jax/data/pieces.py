@@ -19,9 +19,7 @@ from olmoe_jax.data import corpora
 from olmoe_jax.data import tokenizer as tokenizer_lib
 
 FORMAT = 1
-BATCH_BYTES = (
-    512 << 10
-)  # text encoded at once: what the tokenizers library returns takes 50 times as much
+BATCH_BYTES = 512 << 10  # text encoded at once: what the library returns is 50 times as large
 FIRST_WORDS, FIRST_CHARACTERS = 12, 80
 
 

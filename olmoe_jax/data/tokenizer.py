@@ -37,9 +37,8 @@ class Tokenizer:
             ) from None
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = (
-            True  # a document that spells "<|endoftext|>" does not end there
-        )
+        # a document that spells "<|endoftext|>" does not end there
+        backend.encode_special_tokens = True
         return backend
 
     def __getstate__(self):

@@ -22,10 +22,12 @@ SCRIPT = textwrap.dedent(
     Loud(RuntimeError("another matter"))
     exec(compile("async def abandoned(): pass", "/lib/orbax/io.py", "exec"))
     coroutine = abandoned()
-    args = types.SimpleNamespace(
-        exc_type=OSError, exc_value=OSError("of orbax"), exc_traceback=None, err_msg=None, object=coroutine
+    error = OSError("of orbax")
+    sys.unraisablehook(
+        types.SimpleNamespace(
+            exc_type=OSError, exc_value=error, exc_traceback=None, err_msg=None, object=coroutine
+        )
     )
-    sys.unraisablehook(args)
     coroutine.close()
     logging.warning("ours")
     exec(compile("logging.warning('theirs')", "/lib/orbax/io.py", "exec"))

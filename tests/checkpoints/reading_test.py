@@ -279,8 +279,9 @@ def test_a_state_of_another_dtype_or_shape_is_refused_and_not_cast(
             kept.restore_state(wanted)
     other = make_config(num_experts=64)
     with checkpoints.Checkpoints(tmp_path, other) as kept:
-        with pytest.raises(ValueError, match="it has num_experts=16, this run num_experts=64"):
+        with pytest.raises(ValueError, match="num_experts=16, this run num_experts=64") as caught:
             kept.restore_state(_abstract(make_state(other.model)))
+        assert "delete" not in str(caught.value)
     with checkpoints.Checkpoints(tmp_path, run) as kept:
         with pytest.raises(ValueError, match=r"1 of \d+ arrays missing \(ema\)"):
             kept.restore_state({**_abstract(state), "ema": jax.ShapeDtypeStruct((2,), jnp.float32)})
@@ -299,7 +300,7 @@ def test_a_damaged_newest_state_is_named_with_the_way_on(
         _flip(file)
     with checkpoints.Checkpoints(tmp_path, run) as kept:
         with pytest.raises(
-            ValueError, match="damaged.*delete that directory.*step20-tokens1K"
+            checkpoints.DamagedError, match="damaged.*delete that directory to resume from step20"
         ) as caught:
             kept.restore_state(_abstract(states[40]))
         assert str(newest) in str(caught.value)

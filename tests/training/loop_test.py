@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from olmoe_jax import checkpoints, loading
+from olmoe_jax import checkpoints, config, loading
 from olmoe_jax.data import pipeline
 from olmoe_jax.training import loop, metrics, runs, step
 
@@ -376,3 +376,19 @@ def list_names(workdir):
     return (
         sorted(p.name for p in folder.iterdir() if "tmp" not in p.name) if folder.is_dir() else []
     )
+
+
+def test_a_run_resumes_on_another_mesh(tmp_path, make_run):
+    """One device, then fsdp 2 × data 4: the same losses as on one device throughout."""
+    run = make_run(training=dict(num_steps=6))
+    train(run, tmp_path / "one")
+    train(
+        dataclasses.replace(run, training=dataclasses.replace(run.training, num_steps=3)),
+        tmp_path / "two",
+    )
+    moved = dataclasses.replace(run, mesh=config.MeshConfig(data=4, fsdp=2))
+    loop.train(moved, tmp_path / "two", announce=lambda line: None)
+    losses = [
+        [r["train/loss"] for r in records(w)[:6]] for w in (tmp_path / "one", tmp_path / "two")
+    ]
+    np.testing.assert_allclose(*losses, rtol=FP32_SUM)
