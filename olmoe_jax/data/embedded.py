@@ -157,12 +157,8 @@ def split_docstrings(source) -> tuple[str, list[str]]:
                 alone = len(body) == 1 and not isinstance(node, ast.Module)
                 cuts.append((value.lineno, value.end_lineno, value.col_offset if alone else None))
                 docstrings.append((value.lineno, value.value))
-        for field in (
-            "body",
-            "orelse",
-            "finalbody",
-            "handlers",
-        ):  # statements only: walking expressions takes seconds
+        # statements only: walking expressions takes seconds
+        for field in ("body", "orelse", "finalbody", "handlers"):
             children = getattr(node, field, ())
             pending += children if isinstance(children, list) else ()
     lines = source.splitlines(keepends=True)

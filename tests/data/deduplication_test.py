@@ -50,6 +50,24 @@ def test_repetition_within_one_document_is_no_duplicate():
     assert _texts(deduplication.deduplicate(_documents([text]))) == [text]
 
 
+def test_marked_words_are_those_of_runs_that_an_earlier_document_holds(monkeypatch):
+    monkeypatch.setattr(deduplication, "SPAN", 3)
+    rng = np.random.default_rng(13)
+    sizes = [7, 2, 11, 0, 1, 13, 5, 17]
+    ids = rng.integers(0, 4, sum(sizes))
+    documents, seen, expected = np.split(ids, np.cumsum(sizes)[:-1]), set(), []
+    for document in documents:
+        runs = [tuple(document[i : i + 3].tolist()) for i in range(len(document) - 2)]
+        marked = [False] * len(document)
+        for start, run in enumerate(runs):
+            if run in seen:
+                marked[start : start + 3] = [True] * 3
+        seen.update(runs)
+        expected += marked
+    assert deduplication._repeated(ids, sizes).tolist() == expected
+    assert 10 < sum(expected) < 50
+
+
 def test_documents_of_a_few_words_are_dropped():
     assert deduplication.deduplicate(_documents(["just a few words", _paragraph(60)]))[0].id == "d1"
     assert deduplication.deduplicate([]) == []

@@ -28,6 +28,15 @@ class A:
             def inner():
                 \'\'\'Deep.\'\'\'
                 return 1
+        else:
+            try:
+                pass
+            except ValueError:
+                class B:
+                    "Handled."
+            finally:
+                class C:
+                    "At last."
         return "no docstring"
 '''
 
@@ -35,11 +44,20 @@ class A:
 def test_docstrings_are_taken_out_and_the_rest_stays_code():
     code, docstrings = embedded.split_docstrings(SOURCE)
     texts = [" ".join(d.split()) for d in docstrings]
-    assert texts == ["Module.", "Class.", "Only a docstring.", "Two lines.", "Deep."]
+    assert texts == [
+        "Module.",
+        "Class.",
+        "Only a docstring.",
+        "Two lines.",
+        "Deep.",
+        "Handled.",
+        "At last.",
+    ]
     assert not any(d in code for d in docstrings)
     stripped = ast.parse(code)
-    functions = [n for n in ast.walk(stripped) if hasattr(n, "body") and hasattr(n, "name")]
-    assert [f.name for f in functions] == ["A", "f", "g", "inner"]
+    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    functions = [n for n in ast.walk(stripped) if isinstance(n, kinds)]
+    assert {f.name for f in functions} == {"A", "f", "g", "inner", "B", "C"}
     assert all(ast.get_docstring(f) is None for f in functions)
     assert "not a docstring" in code and '"no docstring"' in code
 

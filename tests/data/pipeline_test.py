@@ -159,6 +159,7 @@ def test_validation_windows_are_fixed_spread_and_padded(prepared, num_windows):
     everything = data.read_windows("validation", range(available))["tokens"]
     places = [int(np.flatnonzero((everything == row).all(axis=1))[0]) for row in tokens[:count]]
     assert places[0] == 0 and sorted(set(places)) == places
+    assert places[-1] >= available - available / count - 1
     gaps = np.diff(places)
     assert not len(gaps) or gaps.max() - gaps.min() <= 1
 

@@ -13,11 +13,11 @@ DOCSTRING = """Return the thing that a reader of this sentence would expect.
     .. directive:: argument
        With a body that reads like a sentence of several words, but is left out.
     >>> the_code(of, a, doctest, is, not_, prose, at, all)
-    array([1, 2, 3])
+    A doctest may print a sentence of several words, which is no prose either.
 
     An example follows, with a colon that ends this whole sentence::
 
-        code = in_a(literal, block) and more code of some length here
+        a literal block may read like a sentence, too. It is left out all the same.
 
     * A bullet of a list, which is a sentence of its own, too.
     * another ``bullet`` that says something with *emphasis* in it.
