@@ -127,6 +127,12 @@ def start_distributed() -> bool:
     return True
 
 
+def python() -> str:
+    """The running interpreter as a person would type it: relative if it lies below this folder."""
+    here = os.path.join(os.getcwd(), "")
+    return sys.executable.removeprefix(here) if sys.prefix != sys.base_prefix else "python3"
+
+
 def tune_allocator() -> bool:
     """Makes glibc's malloc keep large freed blocks; returns whether it did.
 

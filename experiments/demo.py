@@ -17,6 +17,9 @@ from absl import flags
 from experiments import app
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory of the run.")
+_CHECK = flags.DEFINE_bool(
+    "check", True, "Exit with 1 if the model fails a check; not for short runs."
+)
 UNIGRAM_MARGIN = 0.25  # bits per byte at least this share below the unigram model
 SHUFFLE_MARGIN = 0.10  # loss with a shuffled context at least this share above
 
@@ -24,7 +27,7 @@ SHUFFLE_MARGIN = 0.10  # loss with a shuffled context at least this share above
 def main(argv):
     """Train, judge, draw, print."""
     del argv
-    config, workdir = app.config(), pathlib.Path(_WORKDIR.value)
+    config, workdir = app.config(), pathlib.Path(os.path.expanduser(_WORKDIR.value))
     app.tune_allocator()
     from olmoe_jax.training import loop  # JAX starts after the allocator is set
 
@@ -32,21 +35,20 @@ def main(argv):
     if result.signal is not None:
         print(f"stopped at step {result.step}; the same command goes on from there")
         return 128 + result.signal
-    summary_path = workdir / "summary.json"
-    if summary_path.is_file():
-        summary = json.loads(summary_path.read_text())
-    else:
+    summary_path, picture = workdir / "summary.json", workdir / "training.png"
+    summary = json.loads(summary_path.read_text()) if summary_path.is_file() else {}
+    if summary.get("step") != result.step:
+        picture.unlink(missing_ok=True)
         summary = judge(config, workdir, result.record)
         temporary = summary_path.with_suffix(".tmp")
         temporary.write_text(json.dumps(summary, indent=2) + "\n")
         os.replace(temporary, summary_path)
-    picture = workdir / "training.png"
     if not picture.is_file():
         from olmoe_jax.training import plots  # matplotlib is slow to import
 
         plots.draw_run(workdir, picture, unigram_loss=summary["unigram_loss"])
     app.write_json(summary)
-    return show(summary, workdir, picture)
+    return 1 if not show(summary, workdir, picture) and _CHECK.value else 0
 
 
 def judge(config, workdir, record):
@@ -60,7 +62,9 @@ def judge(config, workdir, record):
     data = runs.open_data(config, workdir, print)
     mesh = sharding.make_mesh(config.mesh)
     model = transformer.Transformer(config.model, routing_group=config.losses.load_balancing_group)
-    params = checkpoints.read_params(checkpoints.list_checkpoints(workdir)[-1][1], config.model)
+    shardings = sharding.parameter_shardings(checkpoints.abstract_params(config.model), mesh)
+    newest = checkpoints.list_checkpoints(workdir)[-1][1]
+    params = checkpoints.read_params(newest, config.model, shardings, dtype="float32", verify=True)
     with jax.set_mesh(mesh):
         shuffled = validation.Validator(model, config, data, mesh).measure_shuffled(params)
     unigram = validation.unigram_baseline(data, config)
@@ -81,13 +85,13 @@ def judge(config, workdir, record):
         "domains": domains,
         "intact_loss": shuffled["validation/intact_loss"],
         "shuffled_loss": shuffled["validation/shuffled_loss"],
-        "dead_experts": record["validation/dead_experts"],
+        "dead_experts": record.get("validation/dead_experts", 0),
         "expert_backend": json.loads((workdir / "config.json").read_text())["expert_backend"],
     }
 
 
 def show(summary, workdir, picture):
-    """Prints the verdict and what to do next; the exit status."""
+    """Prints the verdict and what to do next; whether every check passed."""
     below = 1 - summary["bits_per_byte"] / summary["unigram_bits_per_byte"]
     above = summary["shuffled_loss"] / summary["intact_loss"] - 1
     losses = f"{summary['intact_loss']:.2f} → {summary['shuffled_loss']:.2f}"
@@ -116,12 +120,12 @@ where everything is:
   checkpoints   {workdir}/checkpoints/    (parameters at every interval, step 0 included)
   train state   {workdir}/resume/
 next:
-  python -m experiments.inspect_batch --workdir={workdir} --step=100
-  python -m experiments.train --config=experiments/configs/demo.py --workdir=runs/no_balance \\
-      --config.losses.load_balancing_weight=0.0
-  python -m experiments.prepare_data --input='my_corpus/*.jsonl.gz' --output=prepared \\
+  {app.python()} -m experiments.inspect_batch --workdir={workdir} --step=100
+  {app.python()} -m experiments.train --config=experiments/configs/demo.py \\
+      --workdir=runs/no_balance --config.losses.load_balancing_weight=0.0
+  {app.python()} -m experiments.prepare_data --input='my_corpus/*.jsonl.gz' --output=prepared \\
       --sequence_length=1024""")
-    return 0 if all(passed for passed, _ in checks) else 1
+    return all(passed for passed, _ in checks)
 
 
 if __name__ == "__main__":

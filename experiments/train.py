@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=experiments/configs/demo.py --workdir=runs/demo
     python -m experiments.train --config=experiments/configs/tiny_moe.py --workdir=runs/tiny \
-        --config.data.path=prepared --config.training.num_steps=200
+        --config.data.path=prepared --config.data.sequence_length=1024
 
 Any field of the config is a flag: --config.optimizer.learning_rate=1e-3. SIGTERM and Ctrl-C save
 the state before the process ends with 128 + the signal's number.
@@ -38,7 +38,7 @@ def main(argv):
     )  # fmt: skip
     if result.signal is not None:
         print(f"stopped before update {result.step + 1}; state saved. To resume:")
-        print(f"  {shlex.join(['python', '-m', 'experiments.train', *argv_flags()])}")
+        print(f"  {shlex.join([app.python(), '-m', 'experiments.train', *argv_flags()])}")
         return 128 + result.signal
     app.write_json({"step": result.step, "finished": result.finished, "record": result.record})
     return 0

@@ -151,11 +151,6 @@ def flops_per_token(config: ModelConfig, length: int) -> Flops:
     return Flops(forward=layers + head, training=training, executed=executed)
 
 
-def mfu(flops_per_second: float, peak: Peak, num_devices: int) -> float:
-    """Share of the devices' peak that `flops_per_second` (of `Flops.training`) amounts to."""
-    return flops_per_second / (peak.flops_per_second * num_devices)
-
-
 def param_bytes(config: ModelConfig, dtype: str = "float32") -> int:
     """Bytes of all parameters in `dtype`."""
     return num_params(config).total * BYTES[dtype]

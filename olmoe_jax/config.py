@@ -190,6 +190,7 @@ class LossesConfig:
     """Weights and conventions of the losses (`olmoe_jax.losses` has the formulas).
 
     Attributes:
+      load_balancing_weight: of the loss; expert choice is balanced by construction and ignores it.
       load_balancing_group: consecutive sequences over which the load-balancing loss takes its
         statistics, expert choice selects and capacity counts; 0: the whole batch. OLMoE: 4.
       count_masked: keep masked positions in the cross entropy's denominator (batch · length), as
@@ -349,10 +350,18 @@ class Config:
                 f"must divide a micro-batch ({batch} sequences / {self.training.micro_batches} "
                 f"micro-batches = {micro_batch}); 0 takes the whole batch",
             )  # fmt: skip
-        elif self.model.num_experts and self.model.router == "expert_choice":
+        elif self.model.num_experts and (
+            self.model.router == "expert_choice" or self.model.expert_backend == "capacity"
+        ):
             _require(
                 self.training.micro_batches == 1, "losses.load_balancing_group", group,
-                "expert choice over the whole batch needs training.micro_batches=1; name a group",
+                "expert choice and capacity over the whole batch need training.micro_batches=1; "
+                "name a group",
+            )  # fmt: skip
+        for step in self.checkpoint.full_state_at:
+            _require(
+                step <= self.training.num_steps, "checkpoint.full_state_at", step,
+                f"must not exceed training.num_steps ({self.training.num_steps})",
             )  # fmt: skip
 
     @property
@@ -406,6 +415,18 @@ def from_flags(cls, values, path="config"):
         else:
             kwargs[name] = _checked(value, kind, f"{path}.{name}")
     return cls(**kwargs)
+
+
+def from_saved(values) -> Config:
+    """The Config of a run from its config.json; fields that are newer than it have their defaults.
+
+    Raises:
+      ValueError, TypeError: it does not fit this version.
+    """
+    filled = dataclasses.asdict(Config())
+    for name, section in values.items():
+        filled[name] = {**filled.get(name, {}), **section}
+    return from_flags(Config, filled)
 
 
 def _checked(value, kind, path):

@@ -6,6 +6,7 @@ written by `experiments.port_weights`, and a Hugging Face folder.
 
 import dataclasses
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,7 @@ def load(directory, *, dtype=None, sharding=None, verify=False):
       FileNotFoundError: there is no model in `directory`.
       ValueError: it is damaged, or of a kind that this version does not read.
     """
+    directory = os.path.expanduser(directory)
     kind = kind_of(directory)
     if kind not in (WORKDIR, CHECKPOINT):
         what = {ORBAX: "an Orbax directory", HUGGING_FACE: "a Hugging Face folder"}[kind]

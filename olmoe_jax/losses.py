@@ -182,16 +182,13 @@ def load_balancing_loss(
     With f_i the share of expert i and P_i the mean probability of expert i over a group's real
     tokens:
 
-      olmoe        mean over layers of E · Σ_i f_i P_i with Σ f = 1 (f: share of the token's k
-      slots).
-                   Balanced: 1. Source: the megablocks fork that trained OLMoE.
-      switch       the same with f_i the share of tokens whose most probable expert is i. Balanced:
-      1.
-                   Source: Switch Transformer (arXiv 2101.03961), equations 4–6.
+      olmoe        mean over layers of E · Σ_i f_i P_i with Σ f = 1 (f: share of the tokens' k slots
+                   each). Balanced: 1. Source: the megablocks fork that trained OLMoE.
+      switch       the same with f_i the share of tokens whose most probable expert is i.
+                   Balanced: 1. Source: Switch Transformer (arXiv 2101.03961), equations 4–6.
       huggingface  E · Σ_i f_i P_i with Σ f = k, and f and P pooled over all layers before the
-      product: an
-                   expert overused in one layer is offset by another. Balanced: k. Source:
-                   transformers' `load_balancing_loss_func`.
+                   product: an expert overused in one layer is offset by another. Balanced: k.
+                   Source: transformers' `load_balancing_loss_func`.
 
     The groups' losses are averaged over the groups that hold a real token.
 

@@ -4,7 +4,7 @@ Mesh axes: `data` (replicas), `fsdp` (parameters split over d_model, gathered wh
 (experts split), `tensor` (heads, d_ff and vocabulary split). A laptop is the 1 × 1 × 1 × 1 mesh.
 The batch is split over `data`, `fsdp` and `expert` together. Parameters are a plain tree without
 boxes: a parameter's path decides its axes (`PARAMETER_AXES`), so the optimizer's moments, which
-  repeat the paths, follow by themselves.
+repeat the paths, follow by themselves.
 """
 
 import dataclasses
@@ -141,9 +141,8 @@ def parameter_shardings(params, mesh):
 
 
 def state_shardings(state, mesh):
-    """NamedSharding of every leaf of a train state: parameters, moments (which repeat the
-    parameters'
-    paths behind a prefix) by the table, everything else on every device."""
+    """NamedSharding of every leaf of a train state: by the table for parameters and moments (which
+    repeat the parameters' paths behind a prefix), everything else on every device."""
     by_path = {
         path_name(path): sharding
         for path, sharding in jax.tree_util.tree_leaves_with_path(

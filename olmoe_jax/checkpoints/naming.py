@@ -97,13 +97,19 @@ def remove(path):
     path.rmtree()
 
 
+def absolute(path) -> epath.Path:
+    """`path` as Orbax demands it; an object store's URL stays as it is."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.expanduser().absolute()
+
+
 def find(path) -> epath.Path:
     """One checkpoint: `path` itself, or the newest of the run whose workdir it is.
 
     Raises:
       FileNotFoundError: nothing is there, or it is neither.
     """
-    path = epath.Path(path)
+    path = absolute(path)
     if not path.exists():
         raise FileNotFoundError(
             f"{path}: no such directory; expected a run's workdir or one of its checkpoints"

@@ -40,15 +40,13 @@ def read_config(path) -> config_lib.Config:
     where = f"checkpoint {path.name}: {CONFIG}"
     try:
         values = json.loads((path / CONFIG).read_text())["config"]
-        filled = dataclasses.asdict(config_lib.Config())
-        for name, value in values.items():
-            filled[name] = {**filled.get(name, {}), **value}
+        values = {name: dict(section) for name, section in values.items()}
     except FileNotFoundError:
         raise manifest.DamagedError(f"{where} is missing, in {path}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise manifest.DamagedError(f"{where} is damaged ({error!r}), in {path}") from error
     try:
-        return config_lib.from_flags(config_lib.Config, filled)
+        return config_lib.from_saved(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where} does not fit this version ({error}), in {path}") from error
 
@@ -104,7 +102,7 @@ def read_state(path, abstract_state, model_config=None):
       FileNotFoundError: `path` holds no train state.
       ValueError: its arrays are not those of `abstract_state` (no cast); DamagedError: damaged.
     """
-    path = epath.Path(path)
+    path = naming.absolute(path)
     if not naming.is_complete(path) or not (path / CONFIG).exists():
         raise FileNotFoundError(
             f"{path}: no train state; expected a step directory of a run's resume folder"

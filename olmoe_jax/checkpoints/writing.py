@@ -7,7 +7,6 @@ import json
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
 
 from olmoe_jax.checkpoints import layout, manifest, naming, quiet, reading
@@ -32,9 +31,7 @@ class Checkpoints:
     def __init__(self, workdir, config, *, report=print):
         quiet.silence_orbax()
         self._config, self._report = config, report
-        # Absolute, as Orbax demands; an object store's URL stays as it is.
-        workdir = epath.Path(workdir)
-        self._workdir = workdir if "://" in str(workdir) else workdir.absolute()
+        self._workdir = naming.absolute(workdir)
         self._kept = self._workdir / naming.CHECKPOINTS
         self._resume = self._workdir / naming.RESUME
         if jax.process_index() == 0:

@@ -1,11 +1,11 @@
 """A real corpus without a download: documents out of what every installation of this project holds.
 
   c_headers      C and C++ headers of the installed packages
-  docstrings     prose: what modules say about themselves, one document per module, examples left
-                 out
+  docstrings     prose: what modules say about themselves, a document per module, without examples
   documentation  prose: the language reference that `help()` shows, package descriptions, README
-                 files, licences interfaces     type stubs and protocol buffer definitions
-                 python_code    the standard library and the packages, docstrings left out
+                 files, licences
+  interfaces     type stubs and protocol buffer definitions
+  python_code    the standard library and the packages, docstrings left out
 
 The same for the same installation: files are taken in the order of a hash of their name until the
 domain's budget is full, and no time, user or absolute path enters a text or an id.

@@ -1,9 +1,10 @@
 """What a prepared directory holds, and the check that it is whole.
 
-DIR/info.json             what it is (`Info`); written last, so its presence says that the rest is
-there DIR/tokenizer.json        the tokenizer DIR/dataset/              the TFDS dataset: splits
-train and validation DIR/documents.jsonl       one line per document, with where each line begins in
-documents.offsets.bin DIR/unigram_counts.npy    int64 [vocab]: how often each token occurs in train
+DIR/info.json           what it is (`Info`); written last: its presence says that the rest is there
+DIR/tokenizer.json      the tokenizer
+DIR/dataset/            the TFDS dataset: splits train and validation
+DIR/documents.jsonl     one line per document; documents.offsets.bin says where each line begins
+DIR/unigram_counts.npy  int64 [vocab]: how often each token occurs in train
 """
 
 import dataclasses

@@ -45,8 +45,8 @@ def plan(paths, fraction, sequence_length) -> Plan:
     """Chooses the documents held out: `fraction` of each domain, by the hash of their text.
 
     From a domain where that is less than LEAST_WINDOWS windows and less than LEAST_SHARE of its
-    tokens more is
-    taken, but never above LARGEST_SHARE: a domain of one document has no validation.
+    tokens, more is taken, but never above LARGEST_SHARE: a domain of one document has no
+    validation.
 
     Raises:
       ValueError: the pieces hold no text, or more than MAX_DOMAINS domains.

@@ -88,7 +88,11 @@ def _read_run(workdir):
     try:
         run = json.loads(path.read_text())
         config = run["config"]
-        data_path, sequence_length = run["data_path"], config["data"]["sequence_length"]
+        # Data inside the workdir is named relative to it.
+        data_path, sequence_length = (
+            path.parent / run["data_path"],
+            config["data"]["sequence_length"],
+        )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the config.json of a run ({error!r})") from None
     return config, pipeline.open(data_path, sequence_length=sequence_length)

@@ -34,6 +34,21 @@ class Routing:
     num_slots: int = flax.struct.field(pytree_node=False)
 
 
+def num_groups(batch, group) -> int:
+    """Groups of `group` consecutive sequences in a batch; one if group is 0.
+
+    Raises:
+      ValueError: the batch is not made of whole groups.
+    """
+    if group and batch % group:
+        raise ValueError(
+            f"a batch of {batch} sequences: this model's experts see groups of {group} sequences "
+            "(config.losses.load_balancing_group), which must divide it; "
+            "Transformer(config) without routing_group takes the whole batch"
+        )
+    return batch // group if group else 1
+
+
 def token_choice(router_logits, token_mask, *, k, normalize, group):
     """Each token takes its k most probable experts; nothing is dropped.
 
@@ -71,7 +86,7 @@ def expert_choice(router_logits, token_mask, *, k, normalize, group):
       (group 0).
     """
     b, length, experts = router_logits.shape
-    tokens = (group or b) * length
+    tokens = b // num_groups(b, group) * length
     probs = jax.nn.softmax(router_logits)
     scores = jnp.where(token_mask[..., None], probs, -1.0).reshape(-1, tokens, experts)
     per_expert = max(1, k * tokens // experts)

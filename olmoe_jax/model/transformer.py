@@ -146,7 +146,10 @@ class Transformer(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         if token_mask is None:
             token_mask = jnp.ones(input_ids.shape, bool)
-        x = self.embedding[input_ids].astype(self.config.dtype)
+        # Gathered over fsdp before the lookup: the partitioner cannot move a lookup's result from
+        # "split over d_model" to "split over the batch" but by copying it to every device first.
+        table = sharding.constrain(self.embedding.astype(self.config.dtype), "vocab", None)
+        x = table[input_ids]
         x = sharding.constrain(x, "batch", None, None)
         x, (routed, rms) = self.layers(x, positions, segment_ids, token_mask)
         return Features(self.final_norm(x), routed, rms.reshape(-1))

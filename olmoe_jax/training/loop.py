@@ -8,6 +8,7 @@ redoing what step N began with.
 
 import dataclasses
 import functools
+import os
 import pathlib
 import signal
 import time
@@ -43,7 +44,8 @@ class Result:
 class _StopRequest:
     """Context manager that turns SIGTERM and Ctrl-C into a flag read between steps.
 
-    A second Ctrl-C interrupts at once. With several processes, all stop at the same step.
+    A second Ctrl-C interrupts at once. With several processes SIGTERM is left to JAX's preemption
+    service, through which all agree on the step, and Ctrl-C interrupts.
     """
 
     def __init__(self):
@@ -51,6 +53,8 @@ class _StopRequest:
         self._previous = {}
 
     def __enter__(self):
+        if jax.process_count() > 1:
+            return self
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 self._previous[number] = signal.signal(number, self._handle)
@@ -117,9 +121,9 @@ def _to_devices(batch, batch_sharding, rows, batch_size):
     return {name: one(batch[name]) for name in ("tokens", "token_mask", "loss_mask")}
 
 
-def _abstract_state(model, config, mesh):
+def _abstract_state(config, mesh):
     shapes = jax.eval_shape(
-        functools.partial(step_lib.init_state, model=model, config=config), jax.random.key(0)
+        functools.partial(step_lib.init_state, config=config), jax.random.key(0)
     )
     shardings = sharding.state_shardings(shapes, mesh)
     return jax.tree.map(
@@ -127,14 +131,12 @@ def _abstract_state(model, config, mesh):
     )
 
 
-def _starting_state(config, model, abstract, saver):
+def _starting_state(config, abstract, saver):
     """(state, step, how it was obtained)."""
     if (restored := saver.restore_state(abstract)) is not None:
         return restored, int(restored["step"]), f"resumed at step {int(restored['step'])}"
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
-    init = jax.jit(
-        functools.partial(step_lib.init_state, model=model, config=config), out_shardings=shardings
-    )
+    init = jax.jit(functools.partial(step_lib.init_state, config=config), out_shardings=shardings)
     state = init(jax.random.key(config.training.seed))
     source = config.training.initial_checkpoint
     if source is None:
@@ -144,7 +146,7 @@ def _starting_state(config, model, abstract, saver):
         state |= {"params": other["params"], "opt_state": other["opt_state"]}
     else:
         state["params"] = checkpoints.read_params(
-            source, config.model, shardings=shardings["params"]
+            source, config.model, shardings=shardings["params"], dtype="float32", verify=True
         )
     return state, 0, f"started from {source}"
 
@@ -173,18 +175,22 @@ def train(
       ValueError, FileNotFoundError: the config, the data and the workdir do not fit together,
         before any work; or a loss that is not finite, if training.stop_on_nan.
     """
-    workdir = pathlib.Path(workdir)
+    if "://" in str(workdir):
+        raise ValueError(f"--workdir={workdir}: a bucket must be mounted; name a directory")
+    workdir = pathlib.Path(os.path.expanduser(workdir))
     if jax.process_index():
         announce = lambda line: None  # noqa: E731
     mesh = sharding.make_mesh(config.mesh, devices)
     _check_batch(config, mesh)
     model = transformer.Transformer(config.model, routing_group=config.losses.load_balancing_group)
-    abstract = _abstract_state(model, config, mesh)
+    abstract = _abstract_state(config, mesh)
     runs.check_workdir(workdir, config, announce)
     if (record := runs.finished_record(workdir, config)) is not None:
         announce(f"finished: {workdir} holds all {config.training.num_steps} steps")
         return Result(step=config.training.num_steps, finished=True, record=record)
-    data = runs.open_data(config, workdir, announce)
+    runs.check_initial_checkpoint(config)
+    if not dry_run or config.data.path != "embedded":  # which a dry run does not build
+        data = runs.open_data(config, workdir, announce)
     plan = preflight.plan(config, workdir, mesh=mesh)
     announce(preflight.report(plan))
     preflight.check(plan, allow_full_disk=allow_full_disk)
@@ -196,7 +202,7 @@ def train(
         checkpoints.Checkpoints(workdir, config) as saver,
         _StopRequest() as stop,
     ):
-        state, step, how = _starting_state(config, model, abstract, saver)
+        state, step, how = _starting_state(config, abstract, saver)
         announce(f"{how}: {workdir}")
         if step_lib.needs_counting_pass(config):
             announce(
@@ -238,7 +244,7 @@ def _loop(config, state, first, *, model, mesh, data, saver, writer, stop, peak,
     recorder = _Recorder(config, writer, peak, mesh.size, announce)
     num_steps, interval = config.training.num_steps, config.checkpoint.interval
     source = iter(batches.iterate(first))
-    step, record = first, None
+    step, tracing = first, False
     try:
         while True:
             extra = {}
@@ -257,22 +263,31 @@ def _loop(config, state, first, *, model, mesh, data, saver, writer, stop, peak,
                 recorder.add(step, None, extra)
                 break
             if stop.at(step):
+                recorder.flush()  # first: a loss that is not finite must not become a state
                 if step % interval or step == first:
                     saver.save_state(step, state)
-                recorder.flush()
                 saver.wait()
                 return Result(step=step, finished=False, signal=stop.received, record=recorder.last)
             batch = _to_devices(next(source), batch_sharding, rows, batch_size)
-            with _profiled(profile, step - first):
-                state, metrics = train_step(state, batch)
+            if profile and step == first + 3:
+                jax.profiler.start_trace(str(profile))
+                tracing = True
+            state, metrics = train_step(state, batch)
+            if tracing and step == first + 5:
+                jax.block_until_ready(metrics)
+                jax.profiler.stop_trace()
+                tracing = False
             recorder.add(step, metrics, extra)
             step += 1
     except BaseException:
         recorder.discard()
         raise
+    finally:
+        if tracing:
+            jax.profiler.stop_trace()
     recorder.flush()
     saver.wait()
-    return Result(step=step, finished=True, record=recorder.last or record)
+    return Result(step=step, finished=True, record=recorder.last)
 
 
 class _Recorder:
@@ -373,18 +388,3 @@ class _Recorder:
             ]
             record |= metrics_lib.router_metrics(metrics["load"], layers=moe_layers)
         return {k: v if isinstance(v, (str, int)) else float(v) for k, v in record.items()}
-
-
-class _profiled:  # used like a function
-    """Traces steps 3 to 5 of this process with JAX's profiler, if a directory is given."""
-
-    def __init__(self, directory, step):
-        self._directory, self._step = directory, step
-
-    def __enter__(self):
-        if self._directory and self._step == 3:
-            jax.profiler.start_trace(str(self._directory))
-
-    def __exit__(self, *exc):
-        if self._directory and self._step == 5:
-            jax.profiler.stop_trace()

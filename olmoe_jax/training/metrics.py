@@ -28,10 +28,15 @@ from tensorboardX.proto import event_pb2, summary_pb2
 SUMMARIES = (
     "train/loss",
     "train/load_balancing_loss",
+    "train/router_z_loss",
     "train/gradient_norm",
     "train/learning_rate",
     "router/max_load",
+    "router/max_violation",
+    "router/normalized_entropy",
+    "router/dead_experts",
     "perf/tokens_per_second",
+    "perf/mfu",
     "validation/loss",
     "validation/bits_per_byte",
 )

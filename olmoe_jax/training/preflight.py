@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from olmoe_jax import accounting, sharding
+from olmoe_jax import accounting, losses, sharding
 from olmoe_jax.checkpoints import naming
 from olmoe_jax.model import transformer
 from olmoe_jax.training import machine, metrics
@@ -97,6 +97,7 @@ def plan(config, workdir, *, mesh, peak=None) -> Plan:
             config,
             param_shards=_param_shards(config.model, mesh),
             batch_shards=sharding.batch_shards(mesh),
+            logits_chunk=losses.CHUNK_TOKENS,
         ),
         device_memory=device_memory(mesh),
         num_checkpoints=num_checkpoints,

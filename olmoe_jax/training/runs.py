@@ -5,9 +5,11 @@ import json
 import os
 import pathlib
 
+import jax
+
 from olmoe_jax import checkpoints
 from olmoe_jax import config as config_lib
-from olmoe_jax.data import pipeline
+from olmoe_jax.data import pipeline, tokenizer
 from olmoe_jax.model import experts
 from olmoe_jax.training import machine, metrics
 
@@ -34,7 +36,7 @@ def read_config(workdir):
         raise FileNotFoundError(f"{path}: not found; {workdir} is not the workdir of a run")
     try:
         content = json.loads(path.read_text())
-        return config_lib.from_flags(config_lib.Config, content["config"]), content
+        return config_lib.from_saved(content["config"]), content
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a config.json of this version ({error})") from error
 
@@ -72,8 +74,10 @@ def open_data(config, workdir, announce):
       FileNotFoundError, ValueError: it is absent or incomplete, or its tokenizer, vocabulary or
         window length is not the config's.
     """
-    path, length = config.data.path, config.data.sequence_length
+    path, length = os.path.expanduser(config.data.path), config.data.sequence_length
     if path == "embedded":
+        if (named := config.data.tokenizer) is not None:  # before the corpus is built
+            _check_vocabulary(tokenizer.load(named).vocab_size, named, config)
         path = pipeline.ensure_embedded(
             pathlib.Path(workdir) / "data",
             sequence_length=length,
@@ -82,12 +86,25 @@ def open_data(config, workdir, announce):
             announce=announce,
         )
     data = pipeline.open(path, tokenizer=config.data.tokenizer, sequence_length=length)
-    if data.info.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"config.model.vocab_size is {config.model.vocab_size}: the tokenizer of {path} has "
-            f"{data.info.vocab_size} entries; set config.model.vocab_size to at least that"
-        )
+    _check_vocabulary(data.info.vocab_size, path, config)
+    for split in ("train", "validation"):
+        if not data.num_windows(split):
+            raise ValueError(f"config.data.path {path}: its {split} split holds no window")
     return data
+
+
+def _check_vocabulary(size, source, config):
+    if size > config.model.vocab_size:
+        raise ValueError(
+            f"config.model.vocab_size is {config.model.vocab_size}: the tokenizer of {source} has "
+            f"{size} entries; set config.model.vocab_size to at least that"
+        )
+
+
+def check_initial_checkpoint(config):
+    """Raises FileNotFoundError or ValueError where training.initial_checkpoint cannot be read."""
+    if (source := config.training.initial_checkpoint) is not None:
+        checkpoints.read_config(checkpoints.find(source))
 
 
 def finished_record(workdir, config):
@@ -106,11 +123,15 @@ def finished_record(workdir, config):
 
 def write_config(workdir, config, *, data, peak):
     """Writes config.json: the config, where its data lies, and what it runs on."""
-    workdir = pathlib.Path(workdir)
+    if jax.process_index():
+        return
+    workdir, data_path = pathlib.Path(workdir).resolve(), pathlib.Path(data.path).resolve()
     workdir.mkdir(parents=True, exist_ok=True)
+    if data_path.is_relative_to(workdir):  # the workdir can then be moved
+        data_path = data_path.relative_to(workdir)
     content = {
         "config": dataclasses.asdict(config),
-        "data_path": str(pathlib.Path(data.path).resolve()),
+        "data_path": str(data_path),
         "tokenizer_sha256": data.info.tokenizer_sha256,
         "expert_backend": experts.resolve(config.model.expert_backend)
         if config.model.num_experts

@@ -24,7 +24,7 @@ class Parts(typing.NamedTuple):
       cross_entropy: float32, Σ over targets / the batch's denominator.
       load_balancing, router_z: float32, unweighted parts of the batch's losses.
       statistics: losses.RoutingStatistics with one group: the loss's counts and probabilities.
-      load: float32 [MoE layers, experts], tokens computed by each expert.
+      load: float32 [MoE layers, experts], tokens that chose each expert.
       layer_square: float32 [layers], mean square of the residual stream / number of micro-batches.
     """
 
@@ -184,11 +184,12 @@ def loss_and_gradient(params, batch, *, model, config):
     return grads, parts
 
 
-def init_state(key, *, model, config):
+def init_state(key, *, config):
     """A fresh train state. Traceable: under jit with out_shardings no device holds the whole of
     it."""
     init_key, rng = jax.random.split(key)
-    params = model.init(init_key, jnp.zeros((1, 2), jnp.int32))["params"]
+    ungrouped = transformer.Transformer(config.model)  # one sequence is no whole group
+    params = ungrouped.init(init_key, jnp.zeros((1, 2), jnp.int32))["params"]
     opt_state = optimizer.make_optimizer(config.optimizer).init(params)
     return {
         "params": params,
@@ -248,7 +249,7 @@ def validation_step(params, batch, *, model, config, num_domains):
 
     Returns:
       dict of float32: `loss` and `targets` [domains], Σ nats and number of targets by the target
-      token's domain; in a MoE also `router_z` (Σ over layers and tokens), `tokens`, and
+      token's domain; in a MoE also `router_z` (Σ over tokens of the layers' mean), `tokens`, and
       `statistics` (RoutingStatistics).
     """
     features = _features(model, params, batch)

@@ -119,9 +119,8 @@ class Validator:
         }
 
     def measure_shuffled(self, params, draws=8) -> dict:
-        """validation/{intact,shuffled}_loss: tokens predicted behind their context, and behind a
-        random
-        permutation of it.
+        """validation/{intact,shuffled}_loss: tokens predicted behind their context, and behind
+        a random permutation of it.
 
         In each of `draws` passes one target per window is scored, in its second half, so that each
         has a real context; both losses are over the same targets.

@@ -36,7 +36,7 @@ def test_whole_train_step_has_the_shapes_it_should(name):
     config = _config(name)
     model = transformer.Transformer(config.model, routing_group=config.losses.load_balancing_group)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    init = functools.partial(step.init_state, model=model, config=config)
+    init = functools.partial(step.init_state, config=config)
     state = jax.eval_shape(init, key)
     shape = (config.training.batch_size, config.data.sequence_length)
     batch = {

@@ -321,7 +321,7 @@ def test_a_workdir_of_another_configuration_is_refused_and_named(tmp_path, make_
 
 def test_a_full_disk_is_refused_before_the_first_step(tmp_path, make_run, monkeypatch):
     monkeypatch.setattr("olmoe_jax.training.preflight.free_disk", lambda path: 1000)
-    with pytest.raises(OSError, match="--allow_full_disk"):
+    with pytest.raises(ValueError, match="--allow_full_disk"):
         train(make_run(), tmp_path / "run")
     run = make_run(training=dict(num_steps=1))
     assert train(run, tmp_path / "run", allow_full_disk=True).finished
@@ -392,3 +392,45 @@ def test_a_run_resumes_on_another_mesh(tmp_path, make_run):
         [r["train/loss"] for r in records(w)[:6]] for w in (tmp_path / "one", tmp_path / "two")
     ]
     np.testing.assert_allclose(*losses, rtol=FP32_SUM)
+
+
+@pytest.mark.parametrize(
+    "model, group",
+    [
+        (dict(router="expert_choice"), 4),
+        (dict(router="expert_choice"), 0),
+        (dict(expert_backend="capacity"), 2),
+        (dict(num_experts=0, moe_every=2), 0),
+        (dict(moe_every=2, num_shared_experts=1, dtype="bfloat16", remat=True), 2),
+    ],
+    ids=["expert_choice_4", "expert_choice_all", "capacity", "dense", "every_second_bf16"],
+)
+def test_every_kind_of_model_trains_and_loads(tmp_path, make_run, model, group):
+    run = make_run(
+        model=model, losses=dict(load_balancing_group=group), training=dict(num_steps=2),
+        checkpoint=dict(interval=2, dtype="bfloat16"), data=dict(validation_windows=8),
+    )  # fmt: skip
+    record = train(run, tmp_path).record
+    assert np.isfinite(record["validation/loss"])
+    loaded, params = loading.load(tmp_path)
+    tokens = np.arange(8 * 5).reshape(8, 5)
+    logits = loaded.apply({"params": params}, tokens).logits
+    assert np.isfinite(np.asarray(logits, np.float32)).all()
+
+
+def test_a_run_that_starts_from_bfloat16_trains_and_resumes_in_float32(tmp_path, make_run):
+    half = make_run(training=dict(num_steps=1), checkpoint=dict(dtype="bfloat16"))
+    train(half, tmp_path / "half")
+    source = dict(initial_checkpoint=str(tmp_path / "half"))
+    train(make_run(training=dict(num_steps=1, **source)), tmp_path / "next")
+    train(make_run(training=dict(num_steps=3, **source)), tmp_path / "next")
+    state = next((tmp_path / "next" / "resume").glob("step3-*"))
+    assert {x.dtype for x in jax.tree.leaves(checkpoints.read_params(state))} == {
+        np.dtype("float32")
+    }
+
+
+def test_a_mistyped_initial_checkpoint_is_refused_by_a_dry_run(tmp_path, make_run):
+    run = make_run(training=dict(initial_checkpoint=str(tmp_path / "nowhere")))
+    with pytest.raises(FileNotFoundError, match="nowhere: no such directory"):
+        train(run, tmp_path / "run", dry_run=True)

@@ -18,8 +18,9 @@ FP32_SUM = 5e-5
 
 BATCH, LENGTH = 64, 5
 MODEL = config_lib.ModelConfig(
-    vocab_size=31, max_length=LENGTH, num_layers=2, d_model=16, num_heads=2, num_kv_heads=2, d_ff=3,
-    num_experts=8, num_experts_per_token=3, expert_backend="dense", init_std=0.3,
+    vocab_size=31, vocab_multiple=2, max_length=LENGTH, num_layers=2, d_model=16, num_heads=2,
+    num_kv_heads=2, d_ff=6, num_experts=8, num_experts_per_token=3, expert_backend="dense",
+    init_std=0.3,
 )  # fmt: skip
 CONFIG = config_lib.Config(
     model=MODEL,
@@ -33,6 +34,7 @@ MESHES = {
     "data 8": {"data": 8},
     "fsdp 8": {"fsdp": 8},
     "expert 4 × data 2": {"expert": 4, "data": 2},
+    "fsdp 2 × expert 2 × tensor 2": {"fsdp": 2, "expert": 2, "tensor": 2},
 }
 
 
@@ -110,8 +112,7 @@ def close(got, want, tolerance=FP32_SUM):
 
 def _state(config, mesh):
     """The state of a run that has made no step, with the random parameters of these tests."""
-    model = make_model(config)
-    init = functools.partial(step_lib.init_state, model=model, config=config)
+    init = functools.partial(step_lib.init_state, config=config)
     shapes = jax.eval_shape(init, jax.random.key(0))
     state = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
     state["params"] = random_params(config.model)

@@ -17,6 +17,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from olmoe_jax import sharding
+from olmoe_jax.model import routing as routing_lib
 from olmoe_jax.model.experts import blocked, capacity, dense, ragged
 
 BACKENDS = {
@@ -69,7 +70,7 @@ def compute(x, routing, weights, *, backend, capacity_factor, group):
     b, length, d = x.shape
     # Only a token's own k choices stay within a device; expert choice ranges over the batch.
     token_local = routing.num_slots == routing.expert_ids.size
-    groups = b // group if group else 1
+    groups = routing_lib.num_groups(b, group) if name == "capacity" else 1
 
     def flat(x, expert_ids, factors, num_slots, groups, w):
         tokens = (-1, expert_ids.shape[-1])
