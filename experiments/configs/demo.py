@@ -26,7 +26,7 @@ def get_config():
             ),
             data=config.DataConfig(path="embedded", sequence_length=LENGTH),
             optimizer=config.OptimizerConfig(learning_rate=2e-3, warmup_tokens=40 * BATCH * LENGTH),
-            training=config.TrainingConfig(num_steps=750, batch_size=BATCH),
-            checkpoint=config.CheckpointConfig(interval=75),
+            training=config.TrainingConfig(num_steps=700, batch_size=BATCH),
+            checkpoint=config.CheckpointConfig(interval=70),
         )
     )

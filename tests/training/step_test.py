@@ -110,7 +110,7 @@ def test_gradient_of_the_whole_step_equals_finite_differences(weights):
     """Along a direction of the router, in float64, with no choice flipped between the ends."""
     config = _auxiliary(weights)
     gradient, _ = tiny.gradient(config)
-    params, step = tiny.random_params(), 1e-5
+    params, step = tiny.random_params(), 1e-6
     direction = np.random.default_rng(0).normal(size=_router(params).shape)
     ends = [
         _objective_and_choices(

@@ -77,8 +77,12 @@ def random_batch(config=CONFIG, seed=0):
     real[: b // 4] = LENGTH  # the first micro-batch holds far more than the others
     real[b // 2 : b // 2 + 2] = 0
     mask = np.arange(LENGTH) < real
+    # No token twice in two rows: equal beginnings tie exactly under expert choice, and which one is
+    # chosen would be a matter of rounding.
+    tokens = rng.permuted(np.tile(np.arange(31, dtype=np.int32), (b // 2, 1)), axis=1)
+    tokens = tokens[:, : 2 * LENGTH].reshape(b, LENGTH)
     return {
-        "tokens": rng.integers(0, 31, (b, LENGTH)).astype(np.int32),
+        "tokens": tokens,
         "token_mask": mask,
         "loss_mask": mask & (rng.random((b, 1)) < 0.8),
     }
