@@ -1,8 +1,9 @@
 """What `make demo` trains: a small OLMoE on text that every installation has.
 
 Command: `make demo`, or `python -m experiments.train --config=experiments/configs/demo.py
-  --workdir=runs/demo`; half as long with `--config.training.num_steps=300`.
-Hardware: two CPU cores, under 4 GB of memory.
+  --workdir=runs/demo`; half as long with `--config.training.num_steps=350`.
+Hardware: two CPU cores; 4 minutes and 2.1 GB with the corpus, validation and picture.
+Result: 2.17 validation bits per byte (a unigram model: 2.98).
 """
 
 from olmoe_jax import config
@@ -25,6 +26,7 @@ def get_config():
                 num_experts_per_token=2,
             ),
             data=config.DataConfig(path="embedded", sequence_length=LENGTH),
+            losses=config.LossesConfig(load_balancing_weight=0.05),  # so short a run needs more
             optimizer=config.OptimizerConfig(learning_rate=2e-3, warmup_tokens=40 * BATCH * LENGTH),
             training=config.TrainingConfig(num_steps=700, batch_size=BATCH),
             checkpoint=config.CheckpointConfig(interval=70),
