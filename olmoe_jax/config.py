@@ -358,11 +358,6 @@ class Config:
                 "expert choice and capacity over the whole batch need training.micro_batches=1; "
                 "name a group",
             )  # fmt: skip
-        for step in self.checkpoint.full_state_at:
-            _require(
-                step <= self.training.num_steps, "checkpoint.full_state_at", step,
-                f"must not exceed training.num_steps ({self.training.num_steps})",
-            )  # fmt: skip
 
     @property
     def tokens_per_step(self) -> int:
