@@ -88,6 +88,11 @@ def write_json(result):
     if path is None:
         return
     text = json.dumps(result, indent=2, default=_plain, allow_nan=False) + "\n"
+    write_whole(path, text)
+
+
+def write_whole(path, text):
+    """Writes a text file, whole or not at all."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:

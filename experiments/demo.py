@@ -40,9 +40,7 @@ def main(argv):
     if summary.get("step") != result.step:
         picture.unlink(missing_ok=True)
         summary = judge(config, workdir, result.record)
-        temporary = summary_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
-        os.replace(temporary, summary_path)
+        app.write_whole(summary_path, json.dumps(summary, indent=2) + "\n")
     if not picture.is_file():
         from olmoe_jax.training import plots  # matplotlib is slow to import
 

@@ -38,15 +38,10 @@ def main(argv):
     )  # fmt: skip
     if result.signal is not None:
         print(f"stopped before update {result.step + 1}; state saved. To resume:")
-        print(f"  {shlex.join([app.python(), '-m', 'experiments.train', *argv_flags()])}")
+        print(f"  {shlex.join([app.python(), '-m', 'experiments.train', *sys.argv[1:]])}")
         return 128 + result.signal
     app.write_json({"step": result.step, "finished": result.finished, "record": result.record})
     return 0
-
-
-def argv_flags():
-    """The command line's flags as they were given."""
-    return sys.argv[1:]
 
 
 if __name__ == "__main__":

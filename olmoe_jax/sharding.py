@@ -165,6 +165,27 @@ def batch_sharding(mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def place_batch(batch, sharding, *, names, batch_size, first_row=0) -> dict:
+    """NumPy rows of a global batch → global arrays laid out by `sharding`.
+
+    Args:
+      batch: dict of arrays whose row 0 is row `first_row` of the global batch; they hold at least
+        the rows of this process's devices.
+      sharding: a `batch_sharding`.
+      names: the entries to place.
+      batch_size: rows of the global batch.
+    """
+
+    def one(local):
+        def read(index):
+            start, stop, _ = index[0].indices(batch_size)
+            return local[start - first_row : stop - first_row]
+
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, read)
+
+    return {name: one(batch[name]) for name in names}
+
+
 def constrain(x, *axes):
     """Asks the compiler to lay `x` out by axis words (None: not split). Nothing happens without a
     mesh."""

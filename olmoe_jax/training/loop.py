@@ -18,7 +18,7 @@ import numpy as np
 
 from olmoe_jax import accounting, checkpoints, sharding
 from olmoe_jax.data import pipeline
-from olmoe_jax.model import experts, transformer
+from olmoe_jax.model import transformer
 from olmoe_jax.training import machine, preflight, runs, validation
 from olmoe_jax.training import metrics as metrics_lib
 from olmoe_jax.training import step as step_lib
@@ -106,19 +106,6 @@ def _rows_of_this_process(batch_sharding, batch_size):
     indices = batch_sharding.addressable_devices_indices_map((batch_size,)).values()
     bounds = [index[0].indices(batch_size) for index in indices]
     return slice(min(b[0] for b in bounds), max(b[1] for b in bounds))
-
-
-def _to_devices(batch, batch_sharding, rows, batch_size):
-    """NumPy rows `rows` of a global batch → global arrays laid out by `batch_sharding`."""
-
-    def one(local):
-        def read(index):
-            start, stop, _ = index[0].indices(batch_size)
-            return local[start - rows.start : stop - rows.start]
-
-        return jax.make_array_from_callback((batch_size, *local.shape[1:]), batch_sharding, read)
-
-    return {name: one(batch[name]) for name in ("tokens", "token_mask", "loss_mask")}
 
 
 def _abstract_state(config, mesh):
@@ -268,7 +255,10 @@ def _loop(config, state, first, *, model, mesh, data, saver, writer, stop, peak,
                     saver.save_state(step, state)
                 saver.wait()
                 return Result(step=step, finished=False, signal=stop.received, record=recorder.last)
-            batch = _to_devices(next(source), batch_sharding, rows, batch_size)
+            batch = sharding.place_batch(
+                next(source), batch_sharding, names=step_lib.TRAINING_FIELDS,
+                batch_size=batch_size, first_row=rows.start,
+            )  # fmt: skip
             if profile and step == first + 3:
                 jax.profiler.start_trace(str(profile))
                 tracing = True
@@ -303,8 +293,12 @@ class _Recorder:
         self._flops_per_token = accounting.flops_per_token(
             config.model, config.data.sequence_length
         ).training
-        self._backend = (
-            experts.resolve(config.model.expert_backend) if config.model.num_experts else None
+        self._backend = runs.expert_backend(config.model)
+        self._moe_layers = [
+            i for i in range(config.model.num_layers) if config.model.is_moe_layer(i)
+        ]
+        self._counting_share = (
+            _counting_share(config) if step_lib.needs_counting_pass(config) else None
         )
         self._clock, self._paused = time.monotonic(), 0.0
         self._progress = metrics_lib.Progress(config.training.num_steps)
@@ -377,14 +371,11 @@ class _Recorder:
         ):
             record[f"layers/{layer:02d}/rms"] = rms
             record[f"layers/{layer:02d}/gradient_norm"] = norm
-        if step_lib.needs_counting_pass(self._config):
-            record["perf/counting_pass_share"] = _counting_share(self._config)
+        if self._counting_share is not None:
+            record["perf/counting_pass_share"] = self._counting_share
         if "load" in metrics:
             record["train/load_balancing_loss"] = metrics["load_balancing_loss"]
             record["train/router_z_loss"] = metrics["router_z_loss"]
             record["router/expert_backend"] = self._backend
-            moe_layers = [
-                i for i in range(len(metrics["layer_rms"])) if self._config.model.is_moe_layer(i)
-            ]
-            record |= metrics_lib.router_metrics(metrics["load"], layers=moe_layers)
+            record |= metrics_lib.router_metrics(metrics["load"], layers=self._moe_layers)
         return {k: v if isinstance(v, (str, int)) else float(v) for k, v in record.items()}

@@ -121,6 +121,11 @@ def finished_record(workdir, config):
     return record if record is not None and record["step"] == config.training.num_steps else None
 
 
+def expert_backend(model_config):
+    """Name of the expert backend that a model runs with here; None if it has no experts."""
+    return experts.resolve(model_config.expert_backend) if model_config.num_experts else None
+
+
 def write_config(workdir, config, *, data, peak):
     """Writes config.json: the config, where its data lies, and what it runs on."""
     if jax.process_index():
@@ -133,9 +138,7 @@ def write_config(workdir, config, *, data, peak):
         "config": dataclasses.asdict(config),
         "data_path": str(data_path),
         "tokenizer_sha256": data.info.tokenizer_sha256,
-        "expert_backend": experts.resolve(config.model.expert_backend)
-        if config.model.num_experts
-        else None,
+        "expert_backend": expert_backend(config.model),
         "peak_flops_per_device": peak[0],
         "peak_flops_source": peak[1],
         "environment": machine.environment(),

@@ -16,6 +16,10 @@ from olmoe_jax import losses, sharding
 from olmoe_jax.model import transformer
 from olmoe_jax.training import optimizer
 
+# What a train step reads of a batch; a validation step reads the domains too.
+TRAINING_FIELDS = ("tokens", "token_mask", "loss_mask")
+VALIDATION_FIELDS = (*TRAINING_FIELDS, "domains")
+
 
 class Parts(typing.NamedTuple):
     """What one micro-batch contributes; all fields add up over micro-batches.
@@ -65,6 +69,14 @@ def _statistics(routing, token_mask, config):
     )  # fmt: skip
 
 
+def _load(routing, token_mask):
+    """float32 [MoE layers, experts]: tokens that chose each expert, whatever the loss counts."""
+    statistics = losses.routing_statistics(
+        routing.logits, routing.expert_ids, token_mask, convention="olmoe", group=0
+    )
+    return statistics.counts[:, 0]
+
+
 def _features(model, params, batch):
     return model.apply(
         {"params": params}, batch["tokens"], token_mask=batch["token_mask"], method="features"
@@ -99,14 +111,11 @@ def _objective(params, micro, whole_batch, *, model, config, totals):
         whole_batch=whole_batch, num_groups=totals.groups,
     )  # fmt: skip
     z = losses.router_z_loss(routing.logits, mask, num_tokens=totals.tokens)
-    load = losses.routing_statistics(
-        routing.logits, routing.expert_ids, mask, convention="olmoe", group=0
-    )
     objective = cross_entropy + config.losses.router_z_weight * z
     if config.model.router != "expert_choice":  # balanced by construction: the loss is only logged
         objective += config.losses.load_balancing_weight * balance
     return objective, Parts(
-        cross_entropy, balance, z, _one_group(statistics), load.counts[:, 0], square
+        cross_entropy, balance, z, _one_group(statistics), _load(routing, mask), square
     )
 
 
@@ -137,12 +146,11 @@ def loss_and_gradient(params, batch, *, model, config):
       defines it).
     """
     count, totals = config.training.micro_batches, _totals(batch, config)
-    fields = ("tokens", "token_mask", "loss_mask")
     micros = {
         name: sharding.constrain(
             batch[name].reshape(count, -1, batch[name].shape[1]), None, "batch", None
         )
-        for name in fields
+        for name in TRAINING_FIELDS
     }
     objective = functools.partial(_objective, model=model, config=config, totals=totals)
     shardings = None
@@ -269,9 +277,6 @@ def validation_step(params, batch, *, model, config, num_domains):
             ),
             "tokens": jnp.sum(batch["token_mask"], dtype=jnp.float32),
             "statistics": _statistics(features.routing, batch["token_mask"], config),
-            "load": losses.routing_statistics(
-                features.routing.logits, features.routing.expert_ids, batch["token_mask"],
-                convention="olmoe", group=0,
-            ).counts[:, 0],
-        }  # fmt: skip
+            "load": _load(features.routing, batch["token_mask"]),
+        }
     return sums

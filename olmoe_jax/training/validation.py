@@ -13,13 +13,18 @@ from olmoe_jax.data import pipeline
 from olmoe_jax.training import step as step_lib
 
 
+def _targets(batch):
+    """(domains, tokens) of a batch's targets, each [targets]."""
+    keep = batch["loss_mask"][:, 1:]
+    return batch["domains"][:, 1:][keep], batch["tokens"][:, 1:][keep]
+
+
 def target_bytes(batches, data):
     """float64 [domains]: bytes of text of the targets of a list of batches, by the target's
     domain."""
     total = np.zeros(len(data.info.domains))
     for batch in batches:
-        keep = batch["loss_mask"][:, 1:]
-        domains, tokens = batch["domains"][:, 1:][keep], batch["tokens"][:, 1:][keep]
+        domains, tokens = _targets(batch)
         total += np.bincount(domains, data.token_bytes[tokens], len(total))
     return total
 
@@ -46,11 +51,11 @@ class Validator:
     """Evaluates parameters on the fixed windows of a run's validation split."""
 
     def __init__(self, model, config, data, mesh):
-        self._config, self._data, self._mesh = config, data, mesh
+        self._config, self._data = config, data
         self._sharding = sharding.batch_sharding(mesh)
-        batch_size = config.training.batch_size // config.training.micro_batches
+        self._batch_size = config.training.batch_size // config.training.micro_batches
         self._batches = pipeline.validation_batches(
-            data, num_windows=config.data.validation_windows, batch_size=batch_size
+            data, num_windows=config.data.validation_windows, batch_size=self._batch_size
         )
         self._bytes = target_bytes(self._batches, data)
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -64,15 +69,12 @@ class Validator:
             out_shardings=everywhere,
         )
 
-    def _place(self, batch):
-        def one(x):
-            return jax.make_array_from_callback(x.shape, self._sharding, lambda index: x[index])
-
-        names = ("tokens", "token_mask", "loss_mask", "domains")
-        return {name: one(np.asarray(batch[name])) for name in names}
-
     def _sums(self, params, batches):
-        return [jax.device_get(self._step(params, self._place(batch))) for batch in batches]
+        names, rows = step_lib.VALIDATION_FIELDS, self._batch_size
+        placed = (
+            sharding.place_batch(b, self._sharding, names=names, batch_size=rows) for b in batches
+        )
+        return [jax.device_get(self._step(params, batch)) for batch in placed]
 
     def measure(self, params) -> dict:
         """validation/… values of `params`: losses by domain, and in a MoE the auxiliary losses and
@@ -164,8 +166,7 @@ def unigram_baseline(data, config) -> dict:
     )
     sums, targets = np.zeros(len(data.info.domains)), np.zeros(len(data.info.domains))
     for batch in batches:
-        keep = batch["loss_mask"][:, 1:]
-        domains, tokens = batch["domains"][:, 1:][keep], batch["tokens"][:, 1:][keep]
+        domains, tokens = _targets(batch)
         sums += np.bincount(domains, nats[tokens], len(sums))
         targets += np.bincount(domains, minlength=len(targets))
     return by_domain(
