@@ -139,12 +139,15 @@ def flops_per_token(config: ModelConfig, length: int) -> Flops:
 
     Two per parameter that takes part in a matrix product (the head does, the embedding lookup does
     not), and 2 · h · c · l per layer for attention scores and mixing: causal, so counted in half.
+    A sliding window w < l makes that 2 · h · c · w · (2 − w / l): the cut corner of the triangle.
     The experts count as k per token; a backend that computes more does not raise the figure.
     """
     head = 2 * config.padded_vocab_size * config.d_model
     products = _ffn_params(config, config.num_experts_per_token)
     products += config.num_layers * _attention_params(config)
-    scores = config.num_layers * 2 * config.num_heads * config.head_size * length
+    window = length if config.sliding_window is None else min(config.sliding_window, length)
+    keys = 2 * config.num_heads * config.head_size * window * (2 * length - window) // length
+    scores = config.num_layers * keys
     layers = 2 * products + scores
     training = 3 * (layers + head)
     executed = training + (layers if config.remat else 0)
@@ -248,7 +251,8 @@ def _attention_params(config):
 def _norm_params(config):
     per_layer = 0 if config.norm == "layernorm_nonparametric" else 2 * config.d_model
     if config.qk_norm:
-        per_layer += config.head_size * (config.num_heads + config.num_kv_heads)
+        heads = 2 if config.qk_norm_per_head else config.num_heads + config.num_kv_heads
+        per_layer += config.head_size * heads
     final = 0 if config.norm == "layernorm_nonparametric" else config.d_model
     return config.num_layers * per_layer + final
 

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 NORM_NAMES = ("rmsnorm", "layernorm_nonparametric")
+NORM_POSITIONS = ("pre", "post")
 DTYPE_NAMES = ("float32", "bfloat16")
 LOAD_BALANCING_CONVENTIONS = ("olmoe", "huggingface", "switch")
 
@@ -64,7 +65,14 @@ class ModelConfig:
         whose bf16 models round the logits to bf16. Softmax and top-k are in float32 either way.
       expert_backend: how experts are computed; "auto" picks by platform (`model.experts`).
       capacity_factor: only for the dropping "capacity" backend.
+      norm_position: "pre": h = x + attention(norm(x)); "post": h = x + norm(attention(x)) (OLMo 2,
+        FlexOlmo). The same for the FFN; the final norm stays.
+      qk_norm: RMS norm of the query and key projections, over their full width as in OLMoE.
+      qk_norm_per_head: QK-norm over each head by itself, one scale for all of them (Qwen3-MoE).
       clip_qkv: clamp of q, k, v to ±clip_qkv, after QK-norm as in Hugging Face; None is off.
+      clip_before_qk_norm: clamp before QK-norm instead, as the code that trained OLMoE does.
+      sliding_window: a query sees itself and the sliding_window − 1 positions before it; None is
+        the whole past.
       dtype: compute dtype. Parameters are float32.
       remat: recompute layers in the backward pass. Routing decisions are saved all the same.
     """
@@ -89,8 +97,12 @@ class ModelConfig:
     capacity_factor: float = 1.25
     norm: str = "rmsnorm"
     norm_eps: float = 1e-5
+    norm_position: str = "pre"
     qk_norm: bool = True
+    qk_norm_per_head: bool = False
     clip_qkv: float | None = None
+    clip_before_qk_norm: bool = False
+    sliding_window: int | None = None
     rope_theta: float = 10000.0
     tie_embeddings: bool = False
     init_std: float = 0.02
@@ -103,7 +115,7 @@ class ModelConfig:
         _at_least(self, "model", 1, "d_model", "num_heads", "num_kv_heads", "d_ff", "moe_every")
         _at_least(self, "model", 0, "num_experts", "num_shared_experts", "init_std")
         _positive(self, "model", "capacity_factor", "norm_eps", "rope_theta")
-        _positive(self, "model", "head_dim", "clip_qkv", "init_cutoff")
+        _positive(self, "model", "head_dim", "clip_qkv", "init_cutoff", "sliding_window")
         if self.num_experts:
             _require(
                 1 <= self.num_experts_per_token <= self.num_experts,
@@ -130,6 +142,15 @@ class ModelConfig:
             )  # fmt: skip
         halves = self.head_size % 2 == 0
         _require(halves, "model.head_dim", self.head_size, "must be even (rotary halves)")
+        _require(
+            self.qk_norm or not self.qk_norm_per_head,
+            "model.qk_norm_per_head", True, "needs model.qk_norm",
+        )  # fmt: skip
+        _require(
+            not self.clip_before_qk_norm or (self.qk_norm and self.clip_qkv is not None),
+            "model.clip_before_qk_norm", True, "needs model.qk_norm and model.clip_qkv",
+        )  # fmt: skip
+        _one_of("model.norm_position", self.norm_position, NORM_POSITIONS)
         _one_of("model.router_dtype", self.router_dtype, DTYPE_NAMES)
         _one_of("model.norm", self.norm, NORM_NAMES)
         _one_of("model.dtype", self.dtype, DTYPE_NAMES)

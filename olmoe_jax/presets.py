@@ -2,7 +2,8 @@
 
 Architecture only; how to train one is a file of `experiments/configs/`. Parameter counts are what
 `accounting.num_params` gives; `tests/presets_test.py` has those that are published. Sources: the
-configuration files of allenai/OLMoE (in brackets below) and allenai/OLMo, and arXiv 2409.02060.
+configuration files of allenai/OLMoE (in brackets below) and allenai/OLMo, and arXiv 2409.02060; for
+other families the configurations released with the weights.
 
 The controlled experiments of the paper were run without QK-norm, whereas the released model has it:
 `olmoe-64x1024-top8` is the released architecture as those experiments had it.
@@ -48,6 +49,11 @@ _OLMO = _dense(_OLMOE, d_ff=8192, norm="layernorm_nonparametric", qk_norm=False,
 
 _LLAMA2 = _dense(_OLMOE, vocab_size=32000, vocab_multiple=1, qk_norm=False, init_cutoff=None)
 
+# OLMo 2 1B [official-0425]: norms on the outputs of attention and FFN, another tokenizer.
+_OLMO2 = _dense(
+    _OLMOE, d_ff=8192, vocab_size=100278, norm_position="post", norm_eps=1e-6, rope_theta=5e5
+)
+
 _PRESETS = {
     "olmoe-1b-7b": _OLMOE,
     # Equal cost, active and total, at four granularities, and the dense control [olmo-1b-…-cx5].
@@ -85,8 +91,23 @@ _PRESETS = {
     ),
     "llama2-7b": _shape(_LLAMA2, 32, 4096, 32, d_ff=11008),
     "llama2-13b": _shape(_LLAMA2, 40, 5120, 40, d_ff=13824),
+    "llama2-70b": _shape(_LLAMA2, 80, 8192, 64, num_kv_heads=8, d_ff=28672),
     "olmo-1b": dataclasses.replace(_OLMO, tie_embeddings=True, max_length=2048),
     "olmo-1b-0724": _OLMO,
+    "olmo2-1b": _OLMO2,
+    "flexolmo-7x7b": _experts(_shape(_OLMO2, 32, 4096, 32, init_cutoff=None), 7, 11008, 5),
+    "qwen3-30b-a3b": _experts(
+        _shape(_OLMOE, 48, 2048, 32, num_kv_heads=4, head_dim=128, init_cutoff=None),
+        128,
+        768,
+        8,
+        vocab_size=151936,
+        max_length=40960,
+        norm_eps=1e-6,
+        qk_norm_per_head=True,
+        normalize_expert_weights=True,
+        rope_theta=1e6,
+    ),
 }
 
 NAMES = tuple(_PRESETS)

@@ -49,7 +49,9 @@ def test_counts_are_the_models_own_for_altered_shapes(data):
         num_experts_per_token=pick(*range(1, experts + 1)) if experts else 0,
         num_shared_experts=pick(0, 1, 2) if experts else 0, qk_norm=pick(True, False),
         norm=pick(*config_lib.NORM_NAMES), tie_embeddings=pick(True, False),
+        norm_position=pick(*config_lib.NORM_POSITIONS),
     )  # fmt: skip
+    config = dataclasses.replace(config, qk_norm_per_head=config.qk_norm and pick(True, False))
     shapes, counted = _shapes(config), accounting.num_params(config)
     assert counted.total == _size(shapes)
     idle = 0  # parameters of the experts that a token does not choose
@@ -111,6 +113,17 @@ def test_causal_attention_and_group_size_in_flops():
     # Keys and values shared by all heads: two matrices shrink by 4/5 in each of the 6 layers.
     grouped = dataclasses.replace(TINY, num_kv_heads=1)
     assert base - accounting.flops_per_token(grouped, 13).forward == 6 * 2 * 2 * 10 * 8
+
+
+@pytest.mark.parametrize("window", [1, 5, 13, 20])
+def test_sliding_window_in_flops(window):
+    length = 13
+    model = dataclasses.replace(TINY, sliding_window=window)
+    saved = accounting.flops_per_token(TINY, length).forward
+    saved -= accounting.flops_per_token(model, length).forward
+    # The corner of the triangle of scores that the window cuts off, over all tokens of the window.
+    corner = max(0, length - window) ** 2 / 2
+    assert saved == pytest.approx(6 * 4 * 10 * corner / length, abs=6)
 
 
 def _run(model, **training):

@@ -113,6 +113,14 @@ def test_items_of_a_tuple_are_checked_and_an_int_is_a_float():
         (dict(init_std=-1.0), "init_std is -1.0: must not be negative"),
         (dict(num_layers=0), "num_layers is 0: must be at least 1"),
         (dict(norm="rms"), "norm is 'rms'"),
+        (dict(norm_position="sandwich"), "norm_position is 'sandwich': must be one of pre, post"),
+        (dict(sliding_window=0), "sliding_window is 0: must be positive"),
+        (dict(qk_norm=False, qk_norm_per_head=True), "qk_norm_per_head is True: needs model.qk_n"),
+        (dict(clip_before_qk_norm=True), "clip_before_qk_norm is True: needs .* model.clip_qkv"),
+        (
+            dict(clip_before_qk_norm=True, clip_qkv=1.0, qk_norm=False),
+            "clip_before_qk_norm is True: needs model.qk_norm",
+        ),
         (dict(dtype="float16"), "dtype is 'float16'"),
     ],
 )

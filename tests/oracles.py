@@ -62,28 +62,33 @@ def rotary(x, positions, theta):
 
 
 def attention(
-    x, params, *, num_heads, num_kv_heads, theta, eps=1e-5, clip=None, positions=None, segments=None
-):
-    """Causal attention of x [b, l, d]; one query at a time."""
+    x, params, *, num_heads, num_kv_heads, theta, eps=1e-5, clip=None, clip_first=False,
+    window=None, positions=None, segments=None,
+):  # fmt: skip
+    """Causal attention of x [b, l, d]; one query at a time. A norm's scale says what it covers."""
     b, length, _ = x.shape
     if positions is None:
         positions = np.tile(np.arange(length), (b, 1))
     if segments is None:
         segments = np.zeros((b, length), int)
     q, k, v = (x @ np.asarray(params[name], np.float64) for name in ("query", "key", "value"))
-    if "query_norm" in params:
-        q = rms_norm(q, params["query_norm"]["scale"], eps)
-        k = rms_norm(k, params["key_norm"]["scale"], eps)
-    if clip is not None:
+    if clip is not None and clip_first:
         q, k, v = np.clip(q, -clip, clip), np.clip(k, -clip, clip), np.clip(v, -clip, clip)
     c = q.shape[-1] // num_heads
+    if "query_norm" in params:
+        q_scale, k_scale = (params[name]["scale"] for name in ("query_norm", "key_norm"))
+        q = rms_norm(q.reshape(b, length, -1, len(q_scale)), q_scale, eps)
+        k = rms_norm(k.reshape(b, length, -1, len(k_scale)), k_scale, eps)
+    if clip is not None and not clip_first:
+        q, k, v = np.clip(q, -clip, clip), np.clip(k, -clip, clip), np.clip(v, -clip, clip)
     q = rotary(q.reshape(b, length, num_heads, c), positions, theta)
     k = rotary(k.reshape(b, length, num_kv_heads, c), positions, theta)
     v = v.reshape(b, length, num_kv_heads, c)
     out = np.zeros((b, length, num_heads, c))
     for row in range(b):
         for t in range(length):
-            seen = [s for s in range(t + 1) if segments[row, s] == segments[row, t]]
+            first = 0 if window is None else max(0, t - window + 1)
+            seen = [s for s in range(first, t + 1) if segments[row, s] == segments[row, t]]
             for head in range(num_heads):
                 group = head // (num_heads // num_kv_heads)
                 scores = np.array([q[row, t, head] @ k[row, s, group] for s in seen]) / math.sqrt(c)
@@ -200,14 +205,18 @@ def transformer(params, config, input_ids, *, mask=None, group=0, positions=None
     for layer in range(config.num_layers):
         stack = params["layers"][f"block_{layer % config.moe_every}"]
         p = _index(stack, layer // config.moe_every)
-        x = x + attention(
-            norm(x, p.get("attention_norm")), p["attention"], num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads, theta=config.rope_theta, eps=config.norm_eps,
-            clip=config.clip_qkv, positions=positions, segments=segments,
+        pre = config.norm_position == "pre"
+        mixed = attention(
+            norm(x, p.get("attention_norm")) if pre else x, p["attention"],
+            num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, theta=config.rope_theta,
+            eps=config.norm_eps, clip=config.clip_qkv, clip_first=config.clip_before_qk_norm,
+            window=config.sliding_window, positions=positions, segments=segments,
         )  # fmt: skip
-        h = norm(x, p.get("ffn_norm"))
+        x = x + (mixed if pre else norm(mixed, p.get("attention_norm")))
+        h = norm(x, p.get("ffn_norm")) if pre else x
         if "ffn" in p:
-            x = x + swiglu(h, p["ffn"]["w_gate"], p["ffn"]["w_up"], p["ffn"]["w_down"])
+            y = swiglu(h, p["ffn"]["w_gate"], p["ffn"]["w_up"], p["ffn"]["w_down"])
+            x = x + (y if pre else norm(y, p.get("ffn_norm")))
             layer_rms.append(np.sqrt(np.mean(x**2)))
             continue
         moe = p["moe"]
@@ -222,7 +231,7 @@ def transformer(params, config, input_ids, *, mask=None, group=0, positions=None
         y = experts(*flat, moe).reshape(x.shape)
         if "shared" in moe:
             y += swiglu(h, *(moe["shared"][w] for w in ("w_gate", "w_up", "w_down")))
-        x = x + y
+        x = x + (y if pre else norm(y, p.get("ffn_norm")))
         router_logits.append(logits)
         expert_ids.append(ids)
         layer_rms.append(np.sqrt(np.mean(x**2)))

@@ -2,7 +2,7 @@ import pytest
 
 from olmoe_jax import accounting, presets
 
-# (total, active): arXiv 2409.02060, the model cards, and arithmetic from the published shapes.
+# (total, active): arXiv 2409.02060, model cards, released files, and arithmetic from the shapes.
 PUBLISHED = {
     "olmoe-1b-7b": (6_919_161_856, 1_282_017_280),
     "olmoe-8x8192-top1": (6_917_261_312, 1_280_116_736),
@@ -14,6 +14,10 @@ PUBLISHED = {
     "mixtral-8x7b": (46_702_792_704, 12_879_925_248),
     "llama2-7b": (6_738_415_616, 6_738_415_616),
     "llama2-13b": (13_015_864_320, 13_015_864_320),
+    "olmo2-1b": (1_484_916_736, 1_484_916_736),
+    "qwen3-30b-a3b": (30_532_122_624, 3_353_032_704),
+    "flexolmo-7x7b": (33_270_665_216, None),
+    "llama2-70b": (68_976_648_192, 68_976_648_192),
     "olmo-1b": (1_176_764_416, 1_176_764_416),
     "olmo-1b-0724": (1_279_787_008, 1_279_787_008),
 }

@@ -1,4 +1,5 @@
-"""Causal self-attention with rotary positions, grouped key/value heads and optional QK-norm."""
+"""Causal self-attention with rotary positions, grouped key/value heads, and optionally QK-norm, a
+clamp and a sliding window."""
 
 import flax.linen as nn
 import jax
@@ -28,10 +29,13 @@ def rotary(x, positions, *, theta):
 
 
 class Attention(nn.Module):
-    """Multi-head attention; the residual stream goes in normed and comes out unadded.
+    """Multi-head attention, without norm and residual around it.
 
-    QK-norm covers the full projection (heads · head_dim) before the split into heads, as in OLMoE.
-    `clip_qkv` clamps after QK-norm, as Hugging Face does; the original code clamps before it.
+    QK-norm covers the full projection (heads · head_dim) before the split into heads, as in OLMoE,
+    or each head by itself, with one scale [head_dim] for all of them, as in Qwen3; it comes before
+    the rotation. `clip_qkv` clamps after QK-norm, as Hugging Face does, or before it, as the code
+    that trained OLMoE does. With `sliding_window` = w, query t sees keys t − w < s <= t, as Mixtral
+    does in transformers.
     """
 
     num_heads: int
@@ -39,7 +43,10 @@ class Attention(nn.Module):
     head_dim: int
     rope_theta: float
     qk_norm: bool
+    qk_norm_per_head: bool
     clip_qkv: float | None
+    clip_before_qk_norm: bool
+    sliding_window: int | None
     norm_eps: float
     dtype: jnp.dtype
     kernel_init: nn.initializers.Initializer
@@ -61,21 +68,30 @@ class Attention(nn.Module):
                 name, self.kernel_init, (d_model, count * self.head_dim), jnp.float32
             )
             projected = x @ kernel.astype(self.dtype)
+            if self.clip_before_qk_norm:
+                projected = self._clip(projected)
             if self.qk_norm and name != "value":
+                if self.qk_norm_per_head:
+                    projected = projected.reshape(b, length, count, self.head_dim)
                 projected = norms.RMSNorm(self.norm_eps, name=f"{name}_norm")(projected)
-            if self.clip_qkv is not None:
-                projected = jnp.clip(projected, -self.clip_qkv, self.clip_qkv)
+            if not self.clip_before_qk_norm:
+                projected = self._clip(projected)
             heads[name] = projected.reshape(b, length, count, self.head_dim)
         mask = None
         if segment_ids is not None:
             mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        window = None if self.sliding_window is None else (self.sliding_window - 1, 0)
         mixed = jax.nn.dot_product_attention(
             rotary(heads["query"], positions, theta=self.rope_theta),
             rotary(heads["key"], positions, theta=self.rope_theta),
             heads["value"],
             mask=mask,
             is_causal=True,
+            local_window_size=window,  # positions to the left and right, the own one not counted
         )
         mixed = mixed.reshape(b, length, self.num_heads * self.head_dim)
         kernel = self.param("output", self.kernel_init, (mixed.shape[-1], d_model), jnp.float32)
         return sharding.constrain(mixed @ kernel.astype(self.dtype), "batch", None, None)
+
+    def _clip(self, x):
+        return x if self.clip_qkv is None else jnp.clip(x, -self.clip_qkv, self.clip_qkv)

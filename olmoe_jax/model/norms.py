@@ -9,7 +9,8 @@ def rms_norm(x, scale, *, eps):
     """x / sqrt(mean(x²) + eps) · scale over the last axis.
 
     The mean is in float32; the result is cast to x's dtype *before* the multiplication by `scale`,
-    as in the code that trained OLMoE (Llama's reference does the same; Grok multiplies first).
+    as in the code that trained OLMoE (Llama's reference does the same; Grok, and OLMo 2 in
+    transformers, multiply first).
     """
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)

@@ -45,7 +45,8 @@ def _kernel_init(config):
 
 
 class Block(nn.Module):
-    """One pre-norm layer: h = x + attention(norm(x)); h + ffn(norm(h))."""
+    """One layer. Pre-norm: h = x + attention(norm(x)); h + ffn(norm(h)). Post-norm: h = x +
+    norm(attention(x)); h + norm(ffn(h))."""
 
     config: config_lib.ModelConfig
     is_moe: bool
@@ -54,13 +55,19 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, positions, segment_ids, token_mask):
         c, dtype, init = self.config, jnp.dtype(self.config.dtype), _kernel_init(self.config)
-        norm = norms.NORMS[c.norm]
-        x += attention.Attention(
+        attention_norm, ffn_norm = (
+            norms.NORMS[c.norm](c.norm_eps, name=name) for name in ("attention_norm", "ffn_norm")
+        )
+        pre, routed = c.norm_position == "pre", None
+        mixed = attention.Attention(
             num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_size,
-            rope_theta=c.rope_theta, qk_norm=c.qk_norm, clip_qkv=c.clip_qkv, norm_eps=c.norm_eps,
+            rope_theta=c.rope_theta, qk_norm=c.qk_norm, qk_norm_per_head=c.qk_norm_per_head,
+            clip_qkv=c.clip_qkv, clip_before_qk_norm=c.clip_before_qk_norm,
+            sliding_window=c.sliding_window, norm_eps=c.norm_eps,
             dtype=dtype, kernel_init=init, name="attention",
-        )(norm(c.norm_eps, name="attention_norm")(x), positions, segment_ids)  # fmt: skip
-        normed, routed = norm(c.norm_eps, name="ffn_norm")(x), None
+        )(attention_norm(x) if pre else x, positions, segment_ids)  # fmt: skip
+        x += mixed if pre else attention_norm(mixed)
+        h = ffn_norm(x) if pre else x
         if self.is_moe:
             y, routed = moe.MoE(
                 num_experts=c.num_experts, num_experts_per_token=c.num_experts_per_token,
@@ -69,10 +76,10 @@ class Block(nn.Module):
                 router_dtype=jnp.dtype(c.router_dtype), expert_backend=c.expert_backend,
                 capacity_factor=c.capacity_factor, group=self.routing_group,
                 dtype=dtype, kernel_init=init, name="moe",
-            )(normed, token_mask)  # fmt: skip
+            )(h, token_mask)  # fmt: skip
         else:
-            y = moe.FeedForward(c.d_ff, dtype, init, name="ffn")(normed)
-        x += y
+            y = moe.FeedForward(c.d_ff, dtype, init, name="ffn")(h)
+        x += y if pre else ffn_norm(y)
         rms = jnp.sqrt(jnp.mean(jnp.square(jax.lax.stop_gradient(x).astype(jnp.float32))))
         return x, routed, rms
 

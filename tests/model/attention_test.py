@@ -14,11 +14,12 @@ FP32_SUM = 2e-5  # order of summation; values are of order 1
 B, LENGTH, D, HEADS, KV_HEADS, HEAD_DIM, THETA = 2, 7, 11, 6, 3, 4, 100.0
 
 
-def _module(num_kv_heads=KV_HEADS, qk_norm=True, clip_qkv=None):
+def _module(num_kv_heads=KV_HEADS, qk_norm=True, clip_qkv=None, window=None, **changes):
+    options = {"qk_norm_per_head": False, "clip_before_qk_norm": False} | changes
     return attention.Attention(
         num_heads=HEADS, num_kv_heads=num_kv_heads, head_dim=HEAD_DIM, rope_theta=THETA,
-        qk_norm=qk_norm, clip_qkv=clip_qkv, norm_eps=1e-5, dtype=jnp.float32,
-        kernel_init=nn.initializers.normal(0.7),
+        qk_norm=qk_norm, clip_qkv=clip_qkv, sliding_window=window, norm_eps=1e-5,
+        dtype=jnp.float32, kernel_init=nn.initializers.normal(0.7), **options,
     )  # fmt: skip
 
 
@@ -55,6 +56,61 @@ def test_norm_covers_the_full_projection_before_the_split_into_heads():
     assert params["key_norm"]["scale"].shape == (KV_HEADS * HEAD_DIM,)
 
 
+@pytest.mark.parametrize("num_kv_heads", [HEADS, KV_HEADS])
+@pytest.mark.parametrize("clip_first", [False, True])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_norms_of_heads_and_order_of_the_clamp_equal_numpy(num_kv_heads, clip_first, per_head):
+    x, positions = _inputs()
+    module, swapped = (
+        _module(num_kv_heads, clip_qkv=0.8, qk_norm_per_head=per_head, clip_before_qk_norm=first)
+        for first in (clip_first, not clip_first)
+    )
+    params = oracles.random_params(module, x, positions, std=0.7)
+    widths = [HEAD_DIM] * 2 if per_head else [HEADS * HEAD_DIM, num_kv_heads * HEAD_DIM]
+    assert [params[name]["scale"].size for name in ("query_norm", "key_norm")] == widths
+    want = oracles.attention(
+        x, params, num_heads=HEADS, num_kv_heads=num_kv_heads, theta=THETA, clip=0.8,
+        clip_first=clip_first,
+    )  # fmt: skip
+    got = _apply(module, params, x, positions)
+    np.testing.assert_allclose(got, want, atol=FP32_SUM * np.abs(want).max())
+    assert np.abs(_apply(swapped, params, x, positions) - got).max() > 0.01
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("num_kv_heads", [HEADS, KV_HEADS])
+@pytest.mark.parametrize("window", [1, 3, LENGTH - 1, LENGTH + 2])
+def test_sliding_window_equals_numpy(window, num_kv_heads, segmented):
+    x, positions = _inputs()
+    segments = np.repeat([[5, 2]] * B, (2, 5), axis=1) if segmented else None
+    module = _module(num_kv_heads, window=window)
+    params = oracles.random_params(module, x, positions, std=0.7)
+    want = oracles.attention(
+        x, params, num_heads=HEADS, num_kv_heads=num_kv_heads, theta=THETA, window=window,
+        segments=segments,
+    )  # fmt: skip
+    got = _apply(module, params, x, positions, segments)
+    np.testing.assert_allclose(got, want, atol=FP32_SUM * np.abs(want).max())
+
+
+def _reach(module):
+    """[output position, input position]: largest derivative."""
+    x, positions = _inputs()
+    params = oracles.random_params(module, x, positions, std=0.7)
+
+    def outputs(x):
+        return module.apply({"params": params}, x[None], positions[:1])[0].sum(-1)
+
+    return np.abs(jax.jit(jax.jacrev(outputs))(x[0])).max(-1)
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_sliding_window_ends_the_gradients_reach(window):
+    reach = _reach(_module(window=window))
+    distance = np.subtract.outer(np.arange(LENGTH), np.arange(LENGTH))
+    np.testing.assert_array_equal(reach > 0, (distance >= 0) & (distance < window))
+
+
 def test_grouped_heads_equal_full_heads_with_repeated_keys_and_values():
     x, positions = _inputs()
     grouped, full = _module(KV_HEADS, qk_norm=False), _module(HEADS, qk_norm=False)
@@ -69,13 +125,7 @@ def test_grouped_heads_equal_full_heads_with_repeated_keys_and_values():
 
 
 def test_no_gradient_from_the_future_and_some_from_all_of_the_past():
-    module = _module()
-    x, positions = _inputs()
-    params = oracles.random_params(module, x, positions, std=0.7)
-    jacobian = jax.jit(
-        jax.jacrev(lambda x: module.apply({"params": params}, x[None], positions[:1])[0].sum(-1))
-    )(x[0])
-    reach = np.abs(jacobian).max(-1)  # [output position, input position]
+    reach = _reach(_module())
     assert (reach[np.triu_indices(LENGTH, 1)] == 0).all()
     assert (reach[np.tril_indices(LENGTH)] > 0).all()
 

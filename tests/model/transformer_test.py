@@ -31,6 +31,10 @@ CONFIGS = {
     "expert choice": {"router": "expert_choice"},
     "dense": {"num_experts": 0},
     "olmo": {"num_experts": 0, "norm": "layernorm_nonparametric", "qk_norm": False, "head_dim": 6},
+    "flexolmo": {"norm_position": "post", "num_kv_heads": 1},
+    "olmo 2": {"norm_position": "post", "num_experts": 0},
+    "qwen3": {"qk_norm_per_head": True, "num_kv_heads": 1, "head_dim": 6, "sliding_window": 3},
+    "clipped first": {"clip_qkv": 0.5, "clip_before_qk_norm": True},
 }
 
 
