@@ -4,12 +4,14 @@ Orbax and TensorStore keep no checksum of array data and return wrong numbers fo
 without an error. So each process hashes the pieces that it holds (the shards with replica_id 0), in
 the background, from the host memory that Orbax writes too, and its JSON file is part of the save:
 
-    manifest/process_0.json   {"process": 0, "process_count": 1, "hash": "sha256", "leaves": {NAME:
+    manifest/process_0.json   {"process": 0, "process_count": 1, "hash": "sha256",
+                               "files": {"config.json": "…", …}, "leaves": {NAME:
                                {"shape": […], "dtype": "float32", "pieces":
                                 [{"start": […], "shape": […], "sha256": "…"}, …]}}}
 
 Hashed are the bytes of a piece in row-major order, little-endian. Pieces do not depend on the mesh
-that reads: they are read from the disk as they are.
+that reads: they are read from the disk as they are. Beside them, whole files are hashed:
+config.json, and those that travel with ported weights.
 """
 
 import concurrent.futures
@@ -128,18 +130,29 @@ def _write(path, args):
     for name, start, data in args.pieces:
         piece = {"start": list(start), "shape": list(data.shape), "sha256": digest(data)}
         leaves[name]["pieces"].append(piece)
+    config_json = args.config_json.encode()
+    write_record(path, leaves, files={"config.json": hashlib.sha256(config_json).hexdigest()})
+    if jax.process_index() == 0:
+        (path / "config.json").write_bytes(config_json)
+
+
+def write_record(path, leaves: dict, *, files: dict):
+    """Writes this process's part of the manifest of the checkpoint in the directory `path`.
+
+    Args:
+      leaves: {name: {"shape", "dtype", "pieces"}} as in the file, with the pieces of this process.
+      files: {path relative to `path`: SHA-256} of the files beside the arrays.
+    """
     process = jax.process_index()
     record = {
         "process": process,
         "process_count": jax.process_count(),
         "hash": "sha256",
-        "config_sha256": hashlib.sha256(args.config_json.encode()).hexdigest(),
+        "files": files,
         "leaves": leaves,
     }
     (path / FOLDER).mkdir(exist_ok=True)
     (path / FOLDER / f"process_{process}.json").write_text(json.dumps(record, indent=1) + "\n")
-    if process == 0:
-        (path / "config.json").write_text(args.config_json)
 
 
 def read(path) -> dict[str, Leaf]:
@@ -156,6 +169,7 @@ def read(path) -> dict[str, Leaf]:
         try:
             record = json.loads(file.read_text())
             count = int(record["process_count"])
+            dict(record.get("files", {}))
             for name, leaf in record["leaves"].items():
                 jnp.dtype(leaf["dtype"])
                 known = out.setdefault(name, (tuple(leaf["shape"]), leaf["dtype"], []))
@@ -180,12 +194,24 @@ def read(path) -> dict[str, Leaf]:
     return manifest
 
 
-def config_hashes(path) -> set[str]:
-    """The hashes of config.json that the processes of a checkpoint noted."""
-    return {
-        json.loads(f.read_text()).get("config_sha256")
-        for f in (path / FOLDER).glob("process_*.json")
-    }
+def damaged_files(path) -> list[str]:
+    """Paths, relative to the checkpoint at `path`, of files that are not those that were saved."""
+    noted = {}
+    for file in (path / FOLDER).glob("process_*.json"):
+        record = json.loads(file.read_text())
+        # The first checkpoints noted the hash of config.json alone, under this name.
+        hashes = record.get("files") or {"config.json": record.get("config_sha256")}
+        for name, sha256 in hashes.items():
+            noted.setdefault(name, set()).add(sha256)
+    return [name for name, hashes in noted.items() if hashes != {_file_digest(path / name)}]
+
+
+def _file_digest(file) -> str | None:
+    """SHA-256 of a file's bytes; None if it cannot be read."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def damaged_leaves(path, item: str, manifest: dict[str, Leaf]) -> list[str]:
@@ -220,7 +246,7 @@ def damaged_leaves(path, item: str, manifest: dict[str, Leaf]) -> list[str]:
         try:
             if name not in stores:
                 stores[name] = ts.open(
-                    _spec(path / item, name), read=True, open=True, context=context
+                    spec(path / item, name), read=True, open=True, context=context
                 ).result()
             store = stores[name]
             window = tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))
@@ -241,8 +267,20 @@ def damaged_leaves(path, item: str, manifest: dict[str, Leaf]) -> list[str]:
     return [name for name, damaged in zip(names, bad, strict=True) if damaged]
 
 
-def _spec(folder, name):
-    """TensorStore spec of a leaf as Orbax lays it out: zarr arrays in one OCDBT store."""
-    url = str(folder) if "://" in str(folder) else f"file://{folder.resolve()}"
-    kvstore = {"driver": "ocdbt", "base": f"{url}/", "path": name.replace("/", ".") + "/"}
+def spec(folder, name: str) -> dict:
+    """TensorStore spec of the leaf `name` as Orbax lays it out in `folder`.
+
+    Zarr arrays under names with dots, all in one OCDBT store or each in a folder of its own.
+    """
+    name = name.replace("/", ".") + "/"
+
+    def base(suffix):  # a local path is no URL: it may hold % or #
+        if "://" in str(folder):
+            return f"{folder}/{suffix}"
+        return {"driver": "file", "path": f"{folder.resolve()}/{suffix}"}
+
+    if (folder / "manifest.ocdbt").exists():
+        kvstore = {"driver": "ocdbt", "base": base(""), "path": name}
+    else:
+        kvstore = base(name)
     return {"driver": "zarr", "kvstore": kvstore}

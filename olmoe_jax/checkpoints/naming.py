@@ -2,9 +2,12 @@
 
     WORKDIR/checkpoints/step5000-tokens20B   parameters, kept for ever
     WORKDIR/resume/step5000-tokens20B        whole train states
+    ANYWHERE                                 parameters that `streamed` wrote, or a copy
 
 A save is written beside its place under a name with Orbax's temporary suffix and renamed when it is
 complete (on object stores: marked by a file), so a name that `parse_name` knows is a finished save.
+Under any other name, a directory is one if it has a manifest, parameters and a config.json, since
+`streamed` too renames what is complete.
 """
 
 import re
@@ -16,7 +19,9 @@ CHECKPOINTS = "checkpoints"
 RESUME = "resume"
 TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's suffix of a save under way
 DELETED = ".deleted"  # ours, of a directory being removed
+PARTIAL = ".partial"  # ours, of a directory that `partial` writes
 COMMIT_FILE = "commit_success.txt"
+PARTS = ("params", "manifest/process_0.json", "config.json")  # of kept parameters
 
 _NAME = re.compile(r"step(\d+)-tokens\d+[KMB]")
 
@@ -42,11 +47,23 @@ def parse_name(name: str) -> int | None:
 
 
 def is_complete(path) -> bool:
-    """Whether `path` is a finished save: under a final name, and on an object store marked so."""
+    """Whether `path` is a finished save of a run or a whole checkpoint under another name."""
     path = epath.Path(path)
-    if parse_name(path.name) is None or not path.is_dir():
+    if not path.is_dir():
         return False
+    if parse_name(path.name) is None:
+        return unfinished(path) is None and all((path / part).exists() for part in PARTS)
     return "://" not in str(path) or (path / COMMIT_FILE).exists()
+
+
+def unfinished(path) -> str | None:
+    """What a directory whose name marks it as unfinished is, and what to do; None: no such name."""
+    name = epath.Path(path).name
+    if TEMPORARY in name or name.endswith(DELETED):
+        return "a save that did not finish; take another checkpoint"
+    if name.endswith(PARTIAL):
+        return "a port that did not finish: run the same port_weights command again"
+    return None
 
 
 def list_complete(folder) -> list[tuple[int, epath.Path]]:
@@ -54,7 +71,8 @@ def list_complete(folder) -> list[tuple[int, epath.Path]]:
     folder = epath.Path(folder)
     if not folder.is_dir():
         return []
-    return sorted((parse_name(p.name), p) for p in folder.iterdir() if is_complete(p))
+    named = [(parse_name(p.name), p) for p in folder.iterdir()]
+    return sorted((step, p) for step, p in named if step is not None and is_complete(p))
 
 
 def list_checkpoints(workdir) -> list[tuple[int, epath.Path]]:
@@ -70,8 +88,8 @@ def leftovers(folder) -> list[epath.Path]:
     out = []
     for path in sorted(folder.iterdir()):
         name = path.name.split(TEMPORARY)[0].removesuffix(DELETED)
-        if name != path.name or not is_complete(path):
-            if parse_name(name) is not None and path.is_dir():
+        if parse_name(name) is not None and path.is_dir():
+            if name != path.name or not is_complete(path):
                 out.append(path)
     return out
 
@@ -110,17 +128,25 @@ def find(path) -> epath.Path:
       FileNotFoundError: nothing is there, or it is neither.
     """
     path = absolute(path)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: no such directory; expected a run's workdir or one of its checkpoints"
-        )
     if is_complete(path):
         return path
-    if path.name.split(TEMPORARY)[0] != path.name:
-        raise FileNotFoundError(f"{path}: a save that was not finished; take another checkpoint")
+    if reason := unfinished(path):
+        raise FileNotFoundError(f"{path}: {reason}")
     if found := list_checkpoints(path):
         return found[-1][1]
+    if (path / CHECKPOINTS).is_dir():
+        raise FileNotFoundError(
+            f"{path}: a workdir without a finished checkpoint in {path / CHECKPOINTS}; train until "
+            "the first is saved"
+        )
+    if path.exists():
+        raise FileNotFoundError(
+            f"{path}: neither a checkpoint (a directory such as step5000-tokens20B, or one with "
+            f"{', '.join(PARTS)}) nor a workdir (one with {CHECKPOINTS})"
+        )
+    started = path.with_name(path.name + PARTIAL)
+    expected = "expected a run's workdir or a checkpoint"
     raise FileNotFoundError(
-        f"{path}: neither a checkpoint (a directory such as step5000-tokens20B) nor a workdir with "
-        f"finished ones in {path / CHECKPOINTS}"
+        f"{path}: no such directory; "
+        + (f"{started.name} is {unfinished(started)}" if started.exists() else expected)
     )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 
 import jax
@@ -55,11 +54,12 @@ def read_params(path, model_config=None, shardings=None, *, dtype=None, verify=F
     """Parameters in the layout of training (layers stacked).
 
     Args:
-      path: a checkpoint, a workdir (its newest is read), or a step directory of a run's `resume`.
+      path: a checkpoint, a workdir (its newest is read), a directory that `streamed` wrote, or a
+        step directory of a run's `resume`.
       model_config: ModelConfig whose parameters are wanted; None: that of the run that wrote them.
       shardings: where the leaves go: a tree of shardings, one for all, or None: the first device.
       dtype: dtype of the result; None: as stored.
-      verify: recompute the hashes and name the arrays that are damaged.
+      verify: recompute the hashes and name the files and arrays that are damaged.
 
     Raises:
       FileNotFoundError: `path` is no checkpoint.
@@ -68,9 +68,11 @@ def read_params(path, model_config=None, shardings=None, *, dtype=None, verify=F
     path = naming.find(path)
     is_state = (path / STATE).is_dir() and not (path / PARAMS).is_dir()
     item, prefix = (STATE, f"{PARAMS}/") if is_state else (PARAMS, "")
+    found = {n: x for n, x in manifest.read(path).items() if n.startswith(prefix)}
+    if verify:
+        check_files(path)
     stored_config = read_config(path)
     model_config = stored_config.model if model_config is None else model_config
-    found = {n: x for n, x in manifest.read(path).items() if n.startswith(prefix)}
     expected = abstract_params(model_config)
     on_disk = {PARAMS: expected} if is_state else layout.to_stored(expected, model_config)
     shapes = {n: (x.shape, None) for n, x in layout.flatten(on_disk).items()}
@@ -78,7 +80,7 @@ def read_params(path, model_config=None, shardings=None, *, dtype=None, verify=F
     if verify:
         check_hashes(path, item, found)
     expected, out = layout.flatten(expected), {}
-    for name, sharding in _sharding_of_each(shardings, expected).items():
+    for name, sharding in sharding_of_each(shardings, expected).items():
         # One leaf of training at a time, so that little memory beside the result is needed.
         names = [prefix + name] if is_state else layout.stored_names(name, model_config)
         stack = layout.is_stacked(name) and not is_state
@@ -111,25 +113,35 @@ def read_state(path, abstract_state, model_config=None):
     kinds = {n: (x.shape, jnp.dtype(x.dtype).name) for n, x in wanted.items()}
     _check_leaves(path, found, kinds, read_config(path).model, model_config)
     check_hashes(path, STATE, found)
-    parts = _restore(path, STATE, found, _sharding_of_each(None, wanted))
+    parts = _restore(path, STATE, found, sharding_of_each(None, wanted))
     return jax.tree.unflatten(jax.tree.structure(abstract_state), [parts[n] for n in wanted])
 
 
-def check_hashes(path, item: str, leaves: dict):
-    """Reads every piece of `leaves` ({name: manifest.Leaf}) and compares it with its hash.
+def check_files(path):
+    """Compares config.json, and the files that travel with the weights, with their hashes.
 
     Raises:
-      DamagedError: arrays are damaged; the first are named.
+      DamagedError: one is not as it was saved.
     """
-    text = (path / CONFIG).read_text() if (path / CONFIG).exists() else ""
+    if bad := manifest.damaged_files(path):
+        state = "not the one that was saved" if (path / bad[0]).exists() else "missing"
+        others = f" ({len(bad) - 1} more are damaged)" if len(bad) > 1 else ""
+        raise manifest.DamagedError(
+            f"checkpoint {path.name}: {bad[0]} is {state}{others}, in {path}"
+        )
+
+
+def check_hashes(path, item: str, leaves: dict):
+    """Compares every piece of `leaves` ({name: manifest.Leaf}), and every file, with its hash.
+
+    Raises:
+      DamagedError: files or arrays are damaged; the first are named.
+    """
     if not (path / item).is_dir():
         raise manifest.DamagedError(
             f"checkpoint {path.name}: the folder {item} is missing, in {path}"
         )
-    if manifest.config_hashes(path) != {hashlib.sha256(text.encode()).hexdigest()}:
-        raise manifest.DamagedError(
-            f"checkpoint {path.name}: {CONFIG} is not the one that was saved, in {path}"
-        )
+    check_files(path)
     if bad := manifest.damaged_leaves(path, item, leaves):
         raise manifest.DamagedError(
             f"checkpoint {path.name}: {len(bad)} of {len(leaves)} arrays damaged ({_some(bad)}), "
@@ -178,8 +190,16 @@ def _check_leaves(path, found, wanted, stored_model, model=None):
     raise ValueError(f"{text}; in {path}")
 
 
-def _sharding_of_each(shardings, leaves: dict) -> dict:
-    """{name: sharding}: from a tree, one for all, the abstract leaves' own, or the first device."""
+def sharding_of_each(shardings, leaves: dict) -> dict:
+    """{name: sharding} for {name: abstract leaf}.
+
+    Args:
+      shardings: a tree of shardings, one for all leaves, or None: the leaves' own, else the first
+        device.
+
+    Raises:
+      ValueError: the tree has other leaves.
+    """
     if isinstance(shardings, jax.sharding.Sharding):
         return dict.fromkeys(leaves, shardings)
     if shardings is not None:
@@ -196,14 +216,14 @@ def _sharding_of_each(shardings, leaves: dict) -> dict:
 def _restore(path, item: str, leaves: dict, shardings: dict) -> dict:
     """{name: jax.Array} of the arrays named in `shardings`, in their stored dtype."""
     quiet.silence_orbax()
-    abstract = {
-        n: jax.ShapeDtypeStruct(leaves[n].shape, jnp.dtype(leaves[n].dtype), sharding=s)
+    # Neither names a dtype: Orbax would cast to it and say nothing.
+    wanted = {
+        n: ocp.ArrayRestoreArgs(sharding=s, global_shape=leaves[n].shape)
         for n, s in shardings.items()
     }
-    tree = layout.unflatten(abstract)
     args = ocp.args.PyTreeRestore(
-        item=tree,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+        item=layout.unflatten(dict.fromkeys(wanted, 0)),
+        restore_args=layout.unflatten(wanted),
         partial_restore=True,
     )
     try:
@@ -213,6 +233,12 @@ def _restore(path, item: str, leaves: dict, shardings: dict) -> dict:
         raise manifest.DamagedError(
             f"checkpoint {path.name}: {item} cannot be read, in {path}"
         ) from error
+    for n, s in shardings.items():
+        found = restored[n].shape, restored[n].dtype.name, restored[n].sharding
+        if found != (expected := (leaves[n].shape, leaves[n].dtype, s)):
+            raise manifest.DamagedError(
+                f"checkpoint {path.name}: {n} was read as {found}, expected {expected}, in {path}"
+            )
     return {n: restored[n] for n in shardings}
 
 
@@ -221,7 +247,14 @@ def _join(stack, dtype, sharding):
     """A compiled function from the parts of a training leaf to the leaf."""
 
     def join(parts):
-        leaf = jnp.stack(parts) if stack else parts[0]
+        stored = parts[0].dtype
+        if stack:
+            # As integers: on CPU, XLA takes bfloat16 through float32, which alters some NaNs.
+            bits = jnp.dtype(f"uint{8 * stored.itemsize}")
+            parts = [jax.lax.bitcast_convert_type(part, bits) for part in parts]
+            leaf = jax.lax.bitcast_convert_type(jnp.stack(parts), stored)
+        else:
+            leaf = parts[0]
         return leaf if dtype is None else leaf.astype(dtype)
 
     return jax.jit(join, out_shardings=sharding)

@@ -77,5 +77,5 @@ def test_find_says_what_is_wrong_with_a_path(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a checkpoint"):
         naming.find(tmp_path)
     (tmp_path / "step1-tokens0K.orbax-checkpoint-tmp").mkdir()
-    with pytest.raises(FileNotFoundError, match="not finished"):
+    with pytest.raises(FileNotFoundError, match="did not finish; take another"):
         naming.find(tmp_path / "step1-tokens0K.orbax-checkpoint-tmp")
