@@ -69,6 +69,15 @@ class Tokenizer:
         encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(e.ids, np.uint32) for e in encoded]
 
+    def encode_prompt(self, text) -> list[int]:
+        """Token ids of a text to be continued, as transformers makes them: with the tokens that the
+        tokenizer itself adds (Llama's `<s>`) and the special tokens that the text spells out."""
+        self._backend  # noqa: B018  checks the file; in it special tokens are ordinary text
+        backend = tokenizers.Tokenizer.from_buffer(self.json)
+        backend.no_truncation()
+        backend.no_padding()
+        return backend.encode(text).ids
+
     def decode(self, ids) -> str:
         """Text of token ids, special tokens spelt out."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)

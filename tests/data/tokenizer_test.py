@@ -1,3 +1,4 @@
+import json
 import pickle
 
 import numpy as np
@@ -31,6 +32,28 @@ def test_a_document_cannot_spell_its_own_end():
     (ids,) = TRAINED.encode_batch(["before <|endoftext|> after <|padding|>"])
     assert not np.isin(ids, [0, 1]).any()
     assert TRAINED.token_bytes[[0, 1]].tolist() == [0, 0]
+
+
+def test_a_prompt_begins_and_is_split_as_the_tokenizer_says():
+    plain = TRAINED.encode_batch(["a b"])[0].tolist()
+    assert TRAINED.encode_prompt("a b") == plain
+    assert TRAINED.encode_prompt("<|endoftext|>a b") == [1, *plain]
+    content = json.loads(TRAINED.json)
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|padding|>", "type_id": 0}},
+                   {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            "<|padding|>": {"id": "<|padding|>", "ids": [0], "tokens": ["<|padding|>"]}
+        },
+    }  # fmt: skip
+    content["truncation"] = {
+        "direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0,
+    }  # fmt: skip
+    templated = tokenizer.Tokenizer(json.dumps(content).encode())
+    assert templated.encode_prompt("a b") == [0, *plain]
+    assert templated.encode_batch(["a b"])[0].tolist() == plain
 
 
 def test_it_is_read_back_from_a_file_and_from_a_pickle(tmp_path):
