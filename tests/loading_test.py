@@ -8,6 +8,7 @@ import pytest
 
 from olmoe_jax import checkpoints, config, loading, sharding
 from olmoe_jax.model import transformer
+from olmoe_jax.porting import folders, sources
 
 
 @pytest.fixture(scope="module")
@@ -109,18 +110,19 @@ def _files(folder, **texts):
 
 def test_kinds_are_recognised(trained, tmp_path):
     workdir, _, _ = trained
-    assert loading.kind_of(workdir) == loading.WORKDIR
-    assert loading.kind_of(workdir / "checkpoints" / "step2-tokens0K") == loading.CHECKPOINT
+    assert sources.kind_of(workdir) == sources.WORKDIR
+    assert sources.kind_of(workdir / "checkpoints" / "step2-tokens0K") == sources.CHECKPOINT
     olmoe = json.dumps({"model_type": "olmoe"})
     one = _files(tmp_path / "one", config__json=olmoe, model__safetensors="")
     shards = _files(tmp_path / "shards", config__json=olmoe)
     (shards / "model-00001-of-00003.safetensors").write_text("")
-    orbax = _files(tmp_path / "orbax", config__json="{}", _CHECKPOINT_METADATA="{}")
-    assert loading.kind_of(one) == loading.kind_of(shards) == loading.HUGGING_FACE
-    assert loading.kind_of(orbax) == loading.ORBAX
-    for folder, what in ((one, "a Hugging Face folder"), (orbax, "an Orbax directory")):
-        with pytest.raises(ValueError, match=f"found {what}; this version reads"):
-            loading.load(folder)
+    original = _files(tmp_path / "original", config__yaml="model: {}", model__pt="")
+    revision = _files(tmp_path / "step5-tokens1B", config__json=olmoe, model__safetensors="")
+    for folder in (one, shards, revision):
+        assert sources.kind_of(folder) == folders.HUGGING_FACE
+    assert sources.kind_of(original) == folders.OLMO
+    copy = shutil.copytree(workdir / "checkpoints" / "step2-tokens0K", tmp_path / "copy")
+    assert sources.kind_of(copy) == sources.ORBAX
 
 
 def test_a_path_that_holds_no_model_says_what_was_looked_for(tmp_path):
@@ -132,7 +134,7 @@ def test_a_path_that_holds_no_model_says_what_was_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match="file: a file; expected"):
         loading.load(tmp_path / "file")
     with pytest.raises(
-        FileNotFoundError, match="it holds nothing; missing checkpoints/ .a workdir."
+        FileNotFoundError, match="it holds nothing; missing checkpoints/ .a workdir., params and"
     ):
         loading.load(_files(tmp_path / "empty"))
     with pytest.raises(
@@ -143,6 +145,11 @@ def test_a_path_that_holds_no_model_says_what_was_looked_for(tmp_path):
         FileNotFoundError, match="it holds model.safetensors; missing .*config.json"
     ):
         loading.load(_files(tmp_path / "no_config", model__safetensors=""))
+    orbax = _files(tmp_path / "orbax", config__json="{}", _CHECKPOINT_METADATA="{}")
+    with pytest.raises(
+        FileNotFoundError, match="missing .*params and manifest/process_0.json .a checkpoint"
+    ):
+        loading.load(orbax)
     (tmp_path / "early" / "checkpoints" / "step0-tokens0K.orbax-checkpoint-tmp").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="a workdir without a finished checkpoint"):
         loading.load(tmp_path / "early")

@@ -1,0 +1,255 @@
+"""Whether a ported model computes what it computed: against transformers where that is possible."""
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from olmoe_jax import generation, loading
+from olmoe_jax.model import transformer
+from olmoe_jax.porting import causes, sources, transposing
+
+TOLERANCE = 2e-5  # of the largest logit: order of summation in float32
+TIE = 1e-5  # router logits nearer than this, of the largest, may be ordered either way
+SEQUENCES, LENGTH, LONGEST = 2, 64, 1024
+GREEDY = 8  # tokens of the continuation
+ROOM = 2.3  # memory taken per byte of a float32 model: transformers 5.24 takes 2.1 to load one
+
+
+def check(source, target, announce) -> tuple[str, ...]:
+    """Claims on logits and a greedy continuation of `source` and `target` (see `verification`).
+
+    Raises:
+      ValueError: they do not agree.
+    """
+    foreign = [s for s in (target, source) if _is_hugging_face(s)]
+    if reason := _too_large(source):
+        return (f"not checked: logits, as {reason}",)
+    if foreign and (reason := _no_transformers(foreign[0])):
+        return (f"not checked: logits against transformers, as {reason}",)
+    announce("verifying: logits")
+    with jax.default_matmul_precision("highest"):
+        if not foreign:
+            return _ours_with_ours(source, target)
+        ours = source if foreign[0] is target else target
+        return _ours_with_theirs(ours, foreign[0], _rounding(source, target))
+
+
+def _is_hugging_face(side):
+    return isinstance(side, sources.Foreign) and side.format == "huggingface"
+
+
+def _too_large(side) -> str | None:
+    """Why a model in float32 does not fit in memory; one is there at a time."""
+    needed = int(ROOM * 4 * sum(math.prod(shape) for shape, _ in side.leaves.values()))
+    free = _free_memory()
+    if free is None or needed <= free:
+        return None
+    return f"a model in float32 takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
+
+
+def _free_memory(meminfo="/proc/meminfo") -> int | None:
+    """Bytes of main memory that may still be taken; None where the system does not say."""
+    try:
+        lines = pathlib.Path(meminfo).read_text().splitlines()
+    except OSError:
+        return None
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return free[0] if free else None
+
+
+def _no_transformers(theirs) -> str | None:
+    """Why transformers cannot open that folder here."""
+    missing = [n for n in ("torch", "transformers") if importlib.util.find_spec(n) is None]
+    if missing:
+        return f"{' and '.join(missing)} cannot be imported (pip install torch transformers)"
+    transformers = importlib.import_module("transformers")
+    family = theirs.folder.config["model_type"]
+    if family not in transformers.CONFIG_MAPPING:
+        return f"transformers {transformers.__version__} does not know {family}"
+    return None
+
+
+def _rounding(source, target) -> str | None:
+    """The dtype to which the port rounded, through which both models must pass; None: to none."""
+    kinds = {(source.leaves[n][1], kind) for n, (_, kind) in target.leaves.items()}
+    return next((b for a, b in kinds if transposing.loses(a, b)), None)
+
+
+def _tokens(config) -> np.ndarray:
+    """Random int32 [SEQUENCES, length], long enough to leave a sliding window."""
+    length = min(config.max_length, max(LENGTH, (config.sliding_window or 0) + 16), LONGEST)
+    rng = np.random.default_rng(0)
+    return rng.integers(0, config.padded_vocab_size, (SEQUENCES, length), dtype=np.int32)
+
+
+def _load_ours(side, rounding=None):
+    """(ModelConfig, params) in float32, padding of the vocabulary as tokens like any other.
+
+    Experts are computed by the reference: for so few tokens it takes a quarter of the memory and
+    half the time of the one that sorts them (measured, 64 experts of OLMoE's size, 64 tokens).
+    """
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    model, params = loading.load(side.path, dtype="float32", sharding=host)
+    if rounding is not None:
+        kind = jnp.dtype(rounding)
+        params = jax.tree.map(lambda x: x.astype(kind).astype(jnp.float32), params)
+    c = model.config
+    backend = c.expert_backend if c.expert_backend == "capacity" else "dense"
+    return dataclasses.replace(c, vocab_size=c.padded_vocab_size, expert_backend=backend), params
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(model, params, tokens):
+    return model.apply({"params": params}, tokens, return_routing=True)
+
+
+def _logits(config, params, tokens):
+    """(float32 logits [b, l, v], bool [b, l]: a router's choice was a tie here or before)."""
+    out = _apply(transformer.Transformer(config), params, tokens)
+    tied = np.zeros(tokens.shape, bool)
+    if out.routing is not None and config.num_experts_per_token < config.num_experts:
+        scores = -np.sort(-np.asarray(out.routing.logits), axis=-1)  # [n, b, l, e]
+        k = config.num_experts_per_token
+        gap = scores[..., k - 1] - scores[..., k]
+        tied = (gap <= TIE * np.abs(scores).max(axis=-1)).any(axis=0)
+    return np.asarray(out.logits, np.float32), np.maximum.accumulate(tied, axis=1)
+
+
+def _error(got, want, where=None):
+    """Largest difference relative to the largest wanted logit; NaN counts as infinite."""
+    difference = np.abs(got - want)
+    if where is not None:
+        difference = difference[where]
+    return float(np.nan_to_num(difference.max(initial=0), nan=np.inf) / np.abs(want).max())
+
+
+def _ours_with_ours(source, target):
+    rounding = _rounding(source, target)
+    config, params = _load_ours(source, rounding)
+    tokens = _tokens(config)
+    want, _ = _logits(config, params, tokens)
+    del params
+    config, params = _load_ours(target)
+    error = _error(_logits(config, params, tokens)[0], want)
+    if not error <= TOLERANCE:
+        raise ValueError(
+            f"{target.path}: its logits differ from those of {source.path} by {error:.2g} of the "
+            f"largest (allowed: {TOLERANCE:g}), both computed by olmoe_jax"
+        )
+    return (
+        f"float32 logits of both, computed by olmoe_jax, agree within {error:.1e} of the largest "
+        f"on {SEQUENCES} x {tokens.shape[1]} random tokens (no Hugging Face folder is involved, so "
+        "transformers was not asked)",
+    )
+
+
+def _ours_with_theirs(ours, theirs, rounding):
+    tokens = _tokens(ours.config.model)
+    steps = min(GREEDY, tokens.shape[1] // 2)
+    prompt = tokens[0, : tokens.shape[1] - steps][:GREEDY]
+    want, continuation, version = _their_results(theirs.path, tokens, prompt, steps, rounding)
+    config, params = _load_ours(ours, rounding)
+    got, tied = _logits(config, params, tokens)
+    error, remark = _error(got, want), ""
+    if not error <= TOLERANCE and 0 < tied.sum() <= tied.size // 2:
+        error = _error(got, want, ~tied)
+        remark = f"; {tied.sum()} left out, behind a tie between two experts"
+    if not error <= TOLERANCE:
+        raise ValueError(_disagreement(ours, theirs, config, params, tokens, got, want))
+    rounded = "" if rounding is None else f", both with weights rounded to {rounding},"
+    claim = (
+        f"float32 logits of transformers {version} from {theirs.path} and of olmoe_jax from "
+        f"{ours.path}{rounded} agree within {error:.1e} of the largest on {SEQUENCES} x "
+        f"{tokens.shape[1]} random tokens{remark}"
+    )
+    return claim, _check_continuation(ours, theirs, config, params, prompt, continuation)
+
+
+def _disagreement(ours, theirs, config, params, tokens, got, want):
+    scale = np.abs(want).max()
+    wrong = ~(np.abs(got - want) <= TOLERANCE * scale)
+    b, position, token = np.argwhere(wrong)[0]
+    return (
+        f"{ours.path}: float32 logits differ from those of transformers for {theirs.path} by "
+        f"{_error(got, want):.2g} of the largest (allowed: {TOLERANCE:g}); first in sequence {b} "
+        f"at position {position}, token {token}: {got[b, position, token]:.6g} instead of "
+        f"{want[b, position, token]:.6g}; likely cause: {_cause(config, params, tokens, want)}"
+    )
+
+
+def _cause(config, params, tokens, want) -> str:
+    """The first change of our model that makes its logits agree."""
+    tried = []
+    for change, other, changed in causes.alternatives(config, params):
+        tried.append(change)
+        logits, tied = _logits(other, changed, tokens)
+        # Left out with at most half of the tokens tied: over few of them any model may agree.
+        fair = tied.sum() <= tied.size // 2
+        if _error(logits, want) <= TOLERANCE or (fair and _error(logits, want, ~tied) <= TOLERANCE):
+            return f"they agree with {change}"
+    return f"none of {', '.join(tried)}"
+
+
+def _check_continuation(ours, theirs, config, params, prompt, want):
+    model = transformer.Transformer(config)
+    got = generation.greedy(model, params, prompt, num_tokens=len(want))
+    if got == want:
+        return f"the greedy continuation of {len(want)} tokens is the same: {want}"
+    at = next(i for i, (a, b) in enumerate(zip(got, want, strict=True)) if a != b)
+    ids = np.array([[*prompt.tolist(), *want[:at]]], np.int32)
+    logits = _logits(config, params, ids)[0][0, -1]
+    gap = (logits[got[at]] - logits[want[at]]) / np.abs(logits).max()
+    if gap > 2 * TOLERANCE:
+        raise ValueError(
+            f"{ours.path}: the greedy continuation differs from that of transformers for "
+            f"{theirs.path} at token {at}: {got[at]} instead of {want[at]}, although the logits of "
+            "plain passes agree; likely cause: the cache that transformers generates with"
+        )
+    return (
+        f"the greedy continuation is the same for {at} of {len(want)} tokens; then two are equally "
+        f"probable ({got[at]} and {want[at]}: their logits differ by {gap:.1e} of the largest)"
+    )
+
+
+def _their_results(path, tokens, prompt, steps, rounding):
+    """(logits [b, l, v], `steps` greedy tokens behind `prompt`, version), all by transformers."""
+    # Not import statements: neither is among what olmoe_jax requires.
+    torch, transformers = (importlib.import_module(n) for n in ("torch", "transformers"))
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+        if lacking := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"{path}: transformers {transformers.__version__} finds no values for "
+                f"{len(lacking)} parameters ({lacking[0]}, …) and makes them up"
+            )
+        if hasattr(model, "set_experts_implementation"):  # the fast ones ask for multiples of 16
+            model.set_experts_implementation("eager")
+        model.eval()
+        with torch.no_grad():
+            if rounding is not None:
+                for parameter in model.parameters():
+                    parameter.copy_(parameter.to(getattr(torch, rounding)))
+            logits = model(torch.tensor(tokens, dtype=torch.long), use_cache=False).logits
+            ids = torch.tensor(prompt[None], dtype=torch.long)
+            model.generation_config = transformers.GenerationConfig(
+                do_sample=False, max_new_tokens=steps, pad_token_id=0
+            )
+            whole = model.generate(ids, attention_mask=torch.ones_like(ids))[0, len(prompt) :]
+        return logits.float().numpy(), whole.tolist(), transformers.__version__
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()

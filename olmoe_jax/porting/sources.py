@@ -1,0 +1,257 @@
+"""Where the weights of a port come from: a foreign folder, or a checkpoint of ours.
+
+Both answer in our terms: stored arrays (`layers/00/moe/w_gate`, see `checkpoints.layout`), read one
+window at a time.
+"""
+
+import dataclasses
+import json
+import os
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from olmoe_jax import checkpoints
+from olmoe_jax import config as config_lib
+from olmoe_jax.checkpoints import layout, manifest, naming, streamed
+from olmoe_jax.porting import configs, families, folders, transposing
+
+WORKDIR = "workdir"
+CHECKPOINT = "checkpoint"
+ORBAX = "orbax"
+FOREIGN = (folders.HUGGING_FACE, folders.OLMO)
+
+SOURCE = "source"  # the folder of a ported checkpoint with the files of the original
+PLAN = "plan.json"  # in it: how the original's tensors were spread over files
+
+
+def kind_of(directory) -> str:
+    """Which kind of model directory: "workdir", "checkpoint", "orbax", "huggingface" or "olmo".
+
+    Raises:
+      FileNotFoundError: it does not exist, or is none; the message lists what was looked for.
+    """
+    path = naming.absolute(directory)
+    if path.exists() and not path.is_dir():
+        raise FileNotFoundError(f"{path}: a file; expected {_EXPECTED}")
+    if not naming.unfinished(path) and (kind := folders.is_folder(path)):
+        return kind  # first: a revision of a foreign model may have the name of a checkpoint
+    try:
+        found = naming.find(path)
+    except FileNotFoundError:
+        if not path.exists() or naming.unfinished(path) or (path / naming.CHECKPOINTS).is_dir():
+            raise
+        raise FileNotFoundError(_no_model(path)) from None
+    if found != path:
+        return WORKDIR
+    return ORBAX if naming.parse_name(path.name) is None else CHECKPOINT
+
+
+_EXPECTED = (
+    "a run's workdir, one of its checkpoints (such as step5000-tokens20B), an Orbax directory "
+    "written by experiments.port_weights, a Hugging Face folder (config.json and *.safetensors), "
+    "or a checkpoint of the original training code (config.yaml and model.safetensors)"
+)
+
+
+def _no_model(path) -> str:
+    """What a directory holds that is none of the kinds, and what each of them would have."""
+    names = sorted(p.name for p in path.iterdir())
+    there = ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "nothing"
+    parts = [part for part in naming.PARTS if not (path / part).exists()]
+    lacking = ["checkpoints/ (a workdir)", f"{' and '.join(parts)} (a checkpoint)"]
+    if not any(name.endswith(".safetensors") for name in names):
+        lacking.append("*.safetensors (Hugging Face)")
+    elif "config.json" not in names:
+        lacking.append("config.json (Hugging Face)")
+    else:
+        lacking.append("a model_type in config.json (Hugging Face)")
+    missing = ", ".join(lacking)
+    return f"{path}: no model; it holds {there}; missing {missing}; expected {_EXPECTED}"
+
+
+def open_source(path):
+    """The `Foreign` or `Checkpoint` at `path`.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no model, or it is damaged.
+    """
+    path = os.path.expanduser(path)
+    return (Foreign if kind_of(path) in FOREIGN else Checkpoint)(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the tensors of a foreign folder lie in its files, such that it can be made again.
+
+    Attributes:
+      format: "huggingface" or "olmo".
+      headers: {file: header of its safetensors, verbatim}.
+      index: text of model.safetensors.index.json, or None.
+    """
+
+    format: str
+    headers: dict[str, str]
+    index: str | None
+
+    def to_json(self) -> bytes:
+        """For `plan.json`."""
+        return (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode()
+
+
+class Foreign:
+    """A Hugging Face folder or a checkpoint of the original training code.
+
+    Attributes:
+      format: "huggingface" or "olmo".
+      config: a Config whose model section is the folder's; the rest are defaults.
+      leaves: {stored name: (shape, dtype name)}.
+      files: {name: bytes} of the small files that travel along, verbatim.
+      plan: the Plan, or None where it cannot be kept (pickled weights).
+
+    Raises:
+      FileNotFoundError, ValueError: the folder, its config or its tensors are not as they must be.
+    """
+
+    def __init__(self, path):
+        self.folder = folders.open_folder(path)
+        self.path, self.format = self.folder.path, self.folder.format
+        read = configs.read if self.format == "huggingface" else configs.read_training
+        self.family, model_config = read(self.folder.config, self.path)
+        self.config = config_of(model_config)
+        self.parts = families.parts(self.family, model_config)
+        tensors = {name: located.shape for name, located in self.folder.tensors.items()}
+        families.match(self.parts, tensors, self.family.ignored, self.path)
+        self._parts_of = {}
+        for part in self.parts:
+            self._parts_of.setdefault(part.ours, []).append(part)
+        self.leaves = self._find_leaves(model_config)
+        self.files = {n: (self.folder.path / n).read_bytes() for n in self.folder.carried}
+        self.plan = self._make_plan()
+
+    def read(self, name, window=()) -> np.ndarray:
+        """One window (a tuple of slices, missing ones are whole) of a stored array, as stored."""
+        shape, dtype = self.leaves[name]
+        window = _bounds(window, shape)
+        out = np.empty([stop - start for start, stop in window], jnp.dtype(dtype))
+        first = window[0][0]
+        for part in self._parts_of[name]:
+            rows = self.folder.read(part.theirs)[part.start : part.start + part.shape[0]]
+            if part.index is None:
+                inner, target = window, out
+            elif first <= part.index < window[0][1]:
+                inner, target = window[1:], out[part.index - first]
+            else:
+                continue
+            slices = tuple(slice(*bounds) for bounds in inner)
+            source = rows[slices[::-1] if part.transpose else slices]
+            transposing.copy(source, target, transpose=part.transpose)
+        return out
+
+    def _find_leaves(self, model_config):
+        """Shapes by our config, dtypes by the folder: one for all experts of an array."""
+        leaves = {}
+        for name, leaf in stored_leaves(model_config).items():
+            kinds = {self.folder.tensors[p.theirs].dtype: p.theirs for p in self._parts_of[name]}
+            if len(kinds) > 1:
+                (one, its), (other, another) = list(kinds.items())[:2]
+                raise ValueError(
+                    f"{self.path}: {its} is {one} but {another} is {other}: they become one array, "
+                    "so their dtypes must be the same; pass the weights in one dtype"
+                )
+            leaves[name] = leaf.shape, next(iter(kinds))
+        return leaves
+
+    def _make_plan(self):
+        if not self.folder.headers:
+            return None
+        known = {part.theirs for part in self.parts}
+        if known != set(self.folder.tensors):  # buffers that are not kept
+            return None
+        headers = {name: text.decode() for name, text in self.folder.headers.items()}
+        return Plan(self.format, headers, self.folder.index)
+
+
+class Checkpoint:
+    """A checkpoint of ours: of a run, or ported before; attributes as of `Foreign`.
+
+    Attributes:
+      step: of the run that wrote it, or None.
+      format: that of the folder it was ported from; None for a model trained here.
+    """
+
+    folder = None
+
+    def __init__(self, path):
+        self.path = checkpoints.find(path)
+        self.config = checkpoints.read_config(self.path)
+        content = json.loads((self.path / "config.json").read_text())
+        self.step = content.get("step")
+        self._reader = streamed.StreamedReader(self.path)
+        self.leaves = {n: (leaf.shape, leaf.dtype) for n, leaf in self._reader.leaves.items()}
+        wanted = {n: tuple(x.shape) for n, x in stored_leaves(self.config.model).items()}
+        if wanted != {n: tuple(shape) for n, (shape, _) in self.leaves.items()}:
+            checkpoints.read_params(self.path)  # says what is missing
+        self.plan, self.files, self.format = None, {}, None
+        source = self.path / SOURCE
+        if source.is_dir():
+            names = sorted(p.name for p in source.iterdir())
+            self.files = {n: (source / n).read_bytes() for n in names}
+            plan = self.files.pop(PLAN, None)
+            ported = content.get("ported", {})
+            self.format = ported.get("format")
+            self.plan = plan and Plan(**json.loads(plan))
+
+    def read(self, name, window=()) -> np.ndarray:
+        """One window (a tuple of slices, missing ones are whole) of a stored array, as stored."""
+        window = _bounds(window, self.leaves[name][0])
+        rows = self._reader.read(name, *window[0])
+        return rows[(slice(None), *(slice(*bounds) for bounds in window[1:]))]
+
+
+def check_hashes(source):
+    """Compares a `Foreign` that was written here with its manifest, tensor by tensor.
+
+    Raises:
+      ValueError: there is no manifest. DamagedError: tensors or files are not as they were.
+    """
+    path = epath.Path(source.path)
+    if not (path / manifest.FOLDER).is_dir():
+        raise ValueError(
+            f"{path}: nothing to verify against: folders written by experiments.port_weights have "
+            f"a {manifest.FOLDER}/ with hashes, this one has none; load it without verify"
+        )
+    bad = manifest.damaged_files(path)
+    for name, leaf in manifest.read(path).items():
+        located = source.folder.tensors.get(name)
+        if located is None or (located.shape, located.dtype) != (leaf.shape, leaf.dtype):
+            bad.append(name)
+            continue
+        tensor = source.folder.read(name)
+        for piece in leaf.pieces:
+            rows = tensor[piece.start[0] : piece.start[0] + piece.shape[0]]
+            if manifest.digest(rows) != piece.sha256:
+                bad.append(name)
+                break
+    if bad:
+        names = ", ".join(bad[:3]) + (", …" if len(bad) > 3 else "")
+        raise manifest.DamagedError(f"{path}: {len(bad)} tensors or files damaged ({names})")
+
+
+def stored_leaves(model_config) -> dict:
+    """{stored name: jax.ShapeDtypeStruct} of a ModelConfig's parameters."""
+    abstract = checkpoints.abstract_params(model_config)
+    return layout.flatten(layout.to_stored(abstract, model_config))
+
+
+def config_of(model_config) -> config_lib.Config:
+    """A whole Config around an architecture that was not trained here."""
+    data = config_lib.DataConfig(sequence_length=model_config.max_length)
+    return config_lib.Config(model=model_config, data=data)
+
+
+def _bounds(window, shape):
+    """((start, stop), …) of every dimension."""
+    window = (*window, *(slice(None) for _ in shape[len(window) :]))
+    return tuple(s.indices(size)[:2] for s, size in zip(window, shape, strict=True))

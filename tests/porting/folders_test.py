@@ -1,0 +1,441 @@
+import base64
+import json
+import os
+import pickle
+import sys
+
+import ml_dtypes  # noqa: F401  names its dtypes
+import numpy as np
+import pytest
+
+from olmoe_jax.porting import folders, olmo_names, safetensors
+
+TORCH = "needs torch"
+LIBRARY = "needs the safetensors library"
+INDEX = "model.safetensors.index.json"
+EXPERT = "model.layers.0.mlp.experts.{}.gate_proj.weight"
+
+
+def _random(dtype, shape, seed=0):
+    rng = np.random.default_rng([seed, *shape])
+    return rng.integers(0, 256, (*shape, np.dtype(dtype).itemsize), np.uint8).view(dtype)[..., 0]
+
+
+def _tensors():
+    out = {EXPERT.format(e): _random("bfloat16", (5, 3), e) for e in range(4)}
+    return out | {
+        "model.norm.weight": _random("float32", (3,)),
+        "lm_head.w": _random("float16", (7,)),
+    }
+
+
+def _write(path, tensors):
+    kinds = {name: (array.dtype, array.shape) for name, array in tensors.items()}
+    with safetensors.Writer(path, safetensors.build_header(kinds)) as writer:
+        for name, array in tensors.items():
+            writer.write(name, array)
+
+
+def _config(path, **fields):
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model_type": "olmoe", **fields}))
+    return path
+
+
+def _check(folder, tensors):
+    assert folder.tensors.keys() == tensors.keys()
+    for name, array in tensors.items():
+        located, found = folder.tensors[name], folder.read(name)
+        assert (located.dtype, located.shape) == (array.dtype.name, array.shape)
+        assert (found.dtype, found.shape) == (array.dtype, array.shape)
+        assert found.tobytes() == array.tobytes()
+        assert not found.flags.writeable
+
+
+def _shards(path, parts=3):
+    """A folder whose tensors are dealt round to shards: one expert's neighbours are elsewhere."""
+    _config(path)
+    files = [f"model-{i + 1:05d}-of-{parts:05d}.safetensors" for i in range(parts)]
+    tensors = _tensors()
+    places = {name: files[i % parts] for i, name in enumerate(tensors)}
+    for file in files:
+        _write(path / file, {n: a for n, a in tensors.items() if places[n] == file})
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return path
+
+
+def _change_index(path, change, file=INDEX):
+    index = json.loads((path / file).read_text())
+    change(index)
+    (path / file).write_text(json.dumps(index))
+
+
+def test_one_file(tmp_path):
+    _write(_config(tmp_path / "a") / "model.safetensors", _tensors())
+    folder = folders.open_folder(str(tmp_path / "a"))
+    assert folder.format == "huggingface" == folders.is_folder(tmp_path / "a")
+    assert folder.config == {"model_type": "olmoe"}
+    assert folder.files == ("model.safetensors",) and folder.index is None
+    text = folder.headers["model.safetensors"]
+    assert text.endswith(b" ")  # its padding belongs to it
+    content = (tmp_path / "a" / "model.safetensors").read_bytes()
+    assert content.startswith(len(text).to_bytes(8, "little") + text)
+    assert set(located.file for located in folder.tensors.values()) == {"model.safetensors"}
+    _check(folder, _tensors())
+
+
+def test_shards(tmp_path):
+    folder = folders.open_folder(_shards(tmp_path / "a"))
+    assert folders.is_folder(tmp_path / "a") == "huggingface"
+    assert folder.files == tuple(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
+    assert folder.index.encode() == (tmp_path / "a" / INDEX).read_bytes()
+    assert list(folder.headers) == list(folder.files)
+    assert folder.tensors[EXPERT.format(1)].file == folder.files[1]
+    _check(folder, _tensors())
+
+
+def test_a_folder_that_transformers_wrote(tmp_path):
+    torch = pytest.importorskip("torch", reason=TORCH)
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    config = transformers.OlmoeConfig(
+        vocab_size=19, hidden_size=8, intermediate_size=6, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, num_experts=3, num_experts_per_tok=2,
+        eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.OlmoeForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "a", max_shard_size="1KB")
+    folder = folders.open_folder(tmp_path / "a")
+    assert len(folder.files) > 1 and folder.config["vocab_size"] == 19
+    located = folder.tensors["lm_head.weight"]
+    assert (located.dtype, located.shape) == ("bfloat16", (19, 8))
+    head = model.lm_head.weight.detach().view(torch.uint16).numpy()
+    np.testing.assert_array_equal(folder.read("lm_head.weight").view("uint16"), head)
+
+
+def test_small_files_travel_and_others_do_not(tmp_path):
+    _write(_config(tmp_path / "a") / "model.safetensors", _tensors())
+    carried = (
+        "added_tokens.json chat_template.jinja generation_config.json merges.txt "
+        "special_tokens_map.json tokenizer.json tokenizer.model tokenizer_config.json vocab.json"
+    ).split()
+    for name in (*carried, "README.md", "modeling.py", "training_args.bin", "model.json"):
+        (tmp_path / "a" / name).write_text(name)
+    (tmp_path / "a" / "x.jinja").mkdir()
+    folder = folders.open_folder(tmp_path / "a")
+    assert folder.carried == tuple(sorted(["config.json", *carried]))
+
+
+def _drop(*names):
+    return lambda path: [os.remove(path / name) for name in names]
+
+
+def _rename(file):
+    def change(path):
+        _change_index(path, lambda index: index["weight_map"].update({EXPERT.format(1): file}))
+
+    return change
+
+
+def _truncate(path):
+    file = path / "model-00002-of-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+SECOND = "model-00002-of-00003.safetensors"
+DAMAGES = {
+    "no config": (_drop("config.json"), FileNotFoundError, "a: no config.json; it holds model-00"),
+    "a broken config": (
+        lambda path: (path / "config.json").write_text('{"model_type": '),
+        ValueError,
+        "config.json: broken JSON",
+    ),
+    "a config that is a list": (
+        lambda path: (path / "config.json").write_text("[]"),
+        ValueError,
+        "config.json: a JSON list, expected an object",
+    ),
+    "a field twice": (
+        lambda path: (path / "config.json").write_text('{"a": 1, "a": 2}'),
+        ValueError,
+        "config.json: .*'a' occurs twice",
+    ),
+    "a missing shard": (
+        _drop(SECOND),
+        FileNotFoundError,
+        f"{INDEX}: 1 of the 3 parts that it names are missing .{SECOND}",
+    ),
+    "no index": (
+        _drop(INDEX),
+        FileNotFoundError,
+        f"a: no weights; expected one of {INDEX}, model.safetensors, .*it holds .*{SECOND}",
+    ),
+    "an index without metadata": (
+        lambda path: _change_index(path, lambda index: index.pop("metadata")),
+        ValueError,
+        f'{INDEX}: no "metadata"',
+    ),
+    "an index without a map": (
+        lambda path: _change_index(path, lambda index: index.update(weight_map=[])),
+        ValueError,
+        f'{INDEX}: no "weight_map"',
+    ),
+    "a broken index": (
+        lambda path: (path / INDEX).write_text("{"),
+        ValueError,
+        f"{INDEX}: broken JSON",
+    ),
+    "a tensor that no part has": (
+        lambda path: _change_index(
+            path, lambda index: index["weight_map"].update(extra="model-00001-of-00003.safetensors")
+        ),
+        ValueError,
+        f"{INDEX}: 'extra' should be in model-00001.*, it is in no part",
+    ),
+    "a tensor in another part": (
+        _rename("model-00001-of-00003.safetensors"),
+        ValueError,
+        f"{INDEX}: '{EXPERT.format(1)}' should be in model-00001.*, it is in {SECOND}",
+    ),
+    "a tensor that the index lacks": (
+        lambda path: _change_index(
+            path, lambda index: index["weight_map"].pop("model.norm.weight")
+        ),
+        ValueError,
+        f"{INDEX}: does not name 1 tensors of its parts .'model.norm.weight' in {SECOND}",
+    ),
+    "a tensor twice": (
+        lambda path: (
+            os.remove(path / SECOND)
+            or _write(path / SECOND, {EXPERT.format(0): _random("bfloat16", (5, 3))})
+        ),
+        ValueError,
+        f"a: '{EXPERT.format(0)}' is there twice, in model-00001.* and in {SECOND}; remove one",
+    ),
+    "a part elsewhere": (_rename("../x.safetensors"), ValueError, "'../x.safetensors': must be"),
+    "a part at the root": (_rename("/x.safetensors"), ValueError, "'/x.safetensors': must be"),
+    "a part that is a number": (_rename(3), ValueError, "is in 3: must be"),
+    "a pickled part": (_rename("x.bin"), ValueError, "'x.bin': must end in .safetensors"),
+    "a part from before": (
+        lambda path: (path / "model-00004-of-00004.safetensors").write_bytes(b""),
+        ValueError,
+        f"{INDEX}: does not name model-00004-of-00004.safetensors, .*remove what is old",
+    ),
+    "another whole model": (
+        lambda path: _write(path / "model.safetensors", _tensors()),
+        ValueError,
+        f"{INDEX}: does not name model.safetensors",
+    ),
+    "a truncated part": (_truncate, ValueError, f"{SECOND}: truncated"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_folder_is_refused(case, tmp_path):
+    change, error, match = DAMAGES[case]
+    change(_shards(tmp_path / "a"))
+    with pytest.raises(error, match=match) as caught:
+        folders.open_folder(tmp_path / "a")
+    assert "\n" not in str(caught.value)
+
+
+def test_unrelated_weights_beside_the_index_are_left_alone(tmp_path):
+    path = _shards(tmp_path / "a")
+    _write(path / "consolidated.safetensors", {"other": _random("float32", (3,))})
+    _check(folders.open_folder(path), _tensors())
+
+
+def test_a_path_that_is_no_folder_is_none(tmp_path):
+    _write(tmp_path / "model.safetensors", _tensors())
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.yaml").write_text("model: {}")
+    for path in (tmp_path, tmp_path / "model.safetensors", tmp_path / "typo", tmp_path / "b"):
+        assert folders.is_folder(path) is None
+    (tmp_path / "config.json").write_text('{"config": {}}')
+    assert folders.is_folder(tmp_path) is None
+    (tmp_path / "config.json").write_text("{")
+    assert folders.is_folder(tmp_path) is None
+    for path in (tmp_path / "typo", tmp_path / "model.safetensors"):
+        with pytest.raises(FileNotFoundError, match=f"{path.name}: no such directory"):
+            folders.open_folder(path)
+    with pytest.raises(FileNotFoundError, match="b: no weights; expected one of model.safetensors"):
+        folders.open_folder(tmp_path / "b")
+
+
+def _to_torch(array):
+    """A tensor with the bits of `array`."""
+    import torch
+
+    bits = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    return torch.from_numpy(array.view(f"i{array.itemsize}").copy()).view(bits[array.dtype.name])
+
+
+def test_pickled_weights_are_read_through_torch(tmp_path):
+    torch = pytest.importorskip("torch", reason=TORCH)
+    path, tensors = _config(tmp_path / "a"), _tensors()
+    content = {name: _to_torch(array) for name, array in tensors.items()}
+    content["model.norm.weight"] = torch.nn.Parameter(content["model.norm.weight"])
+    content["turned"] = _to_torch(_random("bfloat16", (5, 3))).T
+    torch.save(content, path / "pytorch_model.bin")
+    folder = folders.open_folder(path)
+    assert folder.format == folders.is_folder(path) == "huggingface"
+    assert folder.files == ("pytorch_model.bin",)
+    assert folder.headers == {} and folder.index is None
+    _check(folder, tensors | {"turned": _random("bfloat16", (5, 3)).T})
+
+
+def test_pickled_shards_are_held_against_their_index(tmp_path):
+    torch = pytest.importorskip("torch", reason=TORCH)
+    path, places = _config(tmp_path / "a"), {}
+    for i, (name, array) in enumerate(_tensors().items()):
+        places[name] = f"pytorch_model-0000{i + 1}-of-00006.bin"
+        torch.save({name: _to_torch(array)}, path / places[name])
+    index = {"metadata": {}, "weight_map": places}
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    folder = folders.open_folder(path)
+    assert folder.index is None and len(folder.files) == 6
+    _check(folder, _tensors())
+    os.remove(path / "pytorch_model-00003-of-00006.bin")
+    with pytest.raises(FileNotFoundError, match="1 of the 6 parts that it names are missing"):
+        folders.open_folder(path)
+
+
+def test_safetensors_are_preferred_to_pickles(tmp_path):
+    path = _config(tmp_path / "a")
+    _write(path / "model.safetensors", _tensors())
+    (path / "pytorch_model.bin").write_bytes(b"not even a pickle")
+    _check(folders.open_folder(path), _tensors())
+
+
+class _Hostile:
+    """Makes the directory `path` when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.pt"])
+def test_hostile_pickles_run_nothing(file, tmp_path):
+    torch = pytest.importorskip("torch", reason=TORCH)
+    path, trace = tmp_path / "a", str(tmp_path / "trace")
+    if file == "model.pt":
+        path.mkdir()
+        (path / "config.yaml").write_text("model: {}\n")
+    else:
+        _config(path)
+    hostile = {"a": _Hostile(trace)}
+    torch.save(hostile, path / file)
+    with pytest.raises(ValueError, match=f"{file}: torch does not read it as weights") as caught:
+        folders.open_folder(path)
+    (path / file).write_bytes(pickle.dumps(hostile))
+    with pytest.raises(ValueError, match=f"{file}: torch does not read it as weights"):
+        folders.open_folder(path)
+    assert "\n" not in str(caught.value)
+    assert not os.path.exists(trace)
+    pickle.loads(pickle.dumps(hostile))  # it would have left a trace
+    assert os.path.exists(trace)
+
+
+def test_pickles_of_something_else_are_refused(tmp_path):
+    torch = pytest.importorskip("torch", reason=TORCH)
+    file = _config(tmp_path / "a") / "pytorch_model.bin"
+    for content, match in (
+        ([torch.zeros(3)], "a list, expected a dict of tensors"),
+        ({"model": {"a": torch.zeros(3)}}, "'model' is a dict, expected a tensor"),
+        ({1: torch.zeros(3)}, "1 is a Tensor, expected a tensor"),
+        ({"a": torch.zeros(3, device="meta")}, "'a' is a Tensor, expected a tensor"),
+        ({"a": torch.eye(3).to_sparse()}, "'a' is a Tensor, expected a tensor"),
+        ({"a": torch.zeros(3, dtype=torch.complex128)}, "'a' has dtype torch.complex128"),
+    ):
+        torch.save(content, file)
+        with pytest.raises(ValueError, match=f"pytorch_model.bin: {match}"):
+            folders.open_folder(tmp_path / "a")
+
+
+def test_without_torch_pickled_weights_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (_config(tmp_path / "a") / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="pytorch_model.bin: pickled weights.*install torch"):
+        folders.open_folder(tmp_path / "a")
+
+
+def test_a_torch_with_the_hole_in_weights_only_is_refused(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch", reason=TORCH)
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    (_config(tmp_path / "a") / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="torch 2.5.1.cpu can be made to run code"):
+        folders.open_folder(tmp_path / "a")
+
+
+def _training(path, tensors, config="model:\n  d_model: 8\n"):
+    path.mkdir()
+    (path / "config.yaml").write_text(config)
+    _write(path / "model.safetensors", tensors)
+    return path
+
+
+def test_the_training_formats_names_are_decoded(tmp_path):
+    tensors = {
+        f"transformer.blocks.{i}.att_proj.weight": _random("float32", (6, 2), i) for i in (0, 1)
+    }
+    path = _training(tmp_path / "a", {olmo_names.encode(n): a for n, a in tensors.items()})
+    (path / "tokenizer.json").write_text("{}")
+    folder = folders.open_folder(path)
+    assert folder.format == "olmo" == folders.is_folder(path)
+    assert folder.config == {"model": {"d_model": 8}}
+    assert folder.carried == ("config.yaml", "tokenizer.json")
+    assert folder.files == ("model.safetensors",)
+    assert folder.headers["model.safetensors"].startswith(b'{"__metadata__":{"format":"pt"},"gASV')
+    _check(folder, tensors)
+
+
+def test_the_training_formats_pickle_is_read_through_torch(tmp_path):
+    torch = pytest.importorskip("torch", reason=TORCH)
+    path = _training(tmp_path / "a", {})
+    os.remove(path / "model.safetensors")
+    array = _random("float32", (5, 3))
+    torch.save({"transformer.wte.weight": _to_torch(array)}, path / "model.pt")
+    folder = folders.open_folder(path)
+    assert folder.format == "olmo" == folders.is_folder(path)
+    _check(folder, {"transformer.wte.weight": array})
+
+
+def test_two_spellings_of_one_name_are_refused(tmp_path):
+    name = "transformer.wte.weight"
+    nested = pickle.dumps((("transformer", "wte.weight"), False), protocol=4)
+    other = base64.urlsafe_b64encode(nested).decode()
+    array = _random("float32", (3,))
+    path = _training(tmp_path / "a", {olmo_names.encode(name): array, other: array})
+    with pytest.raises(ValueError, match=f"a: '{name}' is there twice"):
+        folders.open_folder(path)
+
+
+def test_a_name_that_would_run_code_is_refused(tmp_path):
+    trace = str(tmp_path / "trace")
+    hostile = pickle.dumps(((_Hostile(trace),), False))
+    path = _training(
+        tmp_path / "a", {base64.urlsafe_b64encode(hostile).decode(): _random("float32", (3,))}
+    )
+    with pytest.raises(ValueError, match="a/model.safetensors: "):
+        folders.open_folder(path)
+    assert not os.path.exists(trace)
+
+
+@pytest.mark.parametrize(
+    "text, match",
+    [
+        ("model: [", "broken YAML"),
+        ("- model", "a list, expected a mapping"),
+        ("", "a NoneType, expected a mapping"),
+        ("model: !!python/object/apply:os.mkdir ['TRACE']", "broken YAML: could not determine"),
+    ],
+)
+def test_a_bad_config_of_the_training_format_is_refused(text, match, tmp_path):
+    trace = tmp_path / "trace"
+    path = _training(tmp_path / "a", {}, text.replace("TRACE", str(trace)))
+    with pytest.raises(ValueError, match=f"config.yaml: {match}") as caught:
+        folders.open_folder(path)
+    assert "\n" not in str(caught.value) and not trace.exists()
