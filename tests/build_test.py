@@ -17,7 +17,10 @@ DISTRIBUTIONS = {
     "absl": "absl-py",
     "orbax": "orbax-checkpoint",
     "tensorflow_datasets": "tensorflow-datasets",
+    "yaml": "PyYAML",
 }
+# Peers, imported where they are installed: nothing depends on them.
+OPTIONAL = ("torch", "transformers")
 
 
 @functools.cache
@@ -88,7 +91,7 @@ def imported(file):
         if top in ("olmoe_jax", "experiments", "tests"):
             if source := _module_file(module):
                 labels |= {f":{name}" for name in owners().get(source, [])}
-        elif top not in sys.stdlib_module_names:
+        elif top not in (*sys.stdlib_module_names, *OPTIONAL):
             labels.add(f"@{DISTRIBUTIONS.get(top, top)}")
     return labels
 
