@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# One process per core, a file's tests in one of them; each needs up to 4 GB.
+PARALLEL ?= -n auto --maxprocesses=4 --dist=loadfile
 
 .PHONY: help install demo test test-all lint
 
@@ -18,10 +20,10 @@ demo: install
 	$(BIN)/python -m experiments.demo --config=experiments/configs/demo.py --workdir=runs/demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-all: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

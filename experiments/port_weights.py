@@ -39,7 +39,15 @@ def main(argv):
             raise ValueError(f"--{flag.name} is required")
     app.tune_allocator()  # slabs of equal size come and go
     results, claims = [], {}
-    for source, target in port.pairs(_INPUT.value, _OUTPUT.value, to=_TO.value):
+    pairs = port.pairs(_INPUT.value, _OUTPUT.value, to=_TO.value)
+    if len(pairs) > 1:
+        port.check_all(pairs, dtype=_DTYPE.value)
+    for source, target in pairs:
+        if len(pairs) > 1 and os.path.exists(target):  # whole, as it has its name
+            _say(f"{target}: is there already")
+            if _VERIFY.value:
+                claims[target] = _verify(source, target)
+            continue
         result = port.port(
             source, target, to=_TO.value, dtype=_DTYPE.value, strict=_STRICT.value, announce=_say
         )
@@ -50,13 +58,17 @@ def main(argv):
             f"{result.seconds:.1f} s"
         )
         if _VERIFY.value:
-            claims[result.path] = verification.verify(source, result.path, announce=_say)
-            for claim in claims[result.path]:
-                _say(f"verified: {claim}")
-    if results:
-        _show_table(results[-1].path)
-    _show_next()
+            claims[result.path] = _verify(source, result.path)
+    _show_table(pairs[-1][1])
+    _show_next(pairs[-1][1])
     app.write_json({"results": results, "claims": claims})
+
+
+def _verify(source, target):
+    claims = verification.verify(source, target, announce=_say)
+    for claim in claims:
+        _say(f"verified: {claim}")
+    return claims
 
 
 def _say(line):
@@ -74,14 +86,15 @@ def _show_table(path):
         print(f"… {len(table) - ROWS:,} more in {where}")
 
 
-def _show_next():
-    output, quoted = _OUTPUT.value, shlex.quote(_OUTPUT.value)
+def _show_next(output):
     print("\nnext:")
     if _TO.value == port.HUGGING_FACE:
         print("  from transformers import AutoModelForCausalLM")
         print(f'  model = AutoModelForCausalLM.from_pretrained("{output}")')
-    print(f'  import olmoe_jax; model, params = olmoe_jax.load("{output}")')
-    print(f'  {app.python()} -m experiments.generate --model={quoted} --prompt="The "')
+    print(f'  import numpy, olmoe_jax; model, params = olmoe_jax.load("{output}")')
+    apply = 'model.apply({"params": params}, numpy.array([[5, 3, 7]]), return_routing=True)'
+    print(f"  out = {apply}  # out.logits, out.routing")
+    print(f'  {app.python()} -m experiments.generate --model={shlex.quote(output)} --prompt="The "')
 
 
 if __name__ == "__main__":

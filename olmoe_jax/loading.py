@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from olmoe_jax import checkpoints
 from olmoe_jax import config as config_lib
 from olmoe_jax import sharding as sharding_lib
+from olmoe_jax.checkpoints import manifest
 from olmoe_jax.model import transformer
-from olmoe_jax.porting import reading, sources
+from olmoe_jax.porting import folders, reading, sources, translation
 
 
 def load(directory, *, dtype=None, sharding=None, verify=False):
@@ -67,3 +68,25 @@ def load(directory, *, dtype=None, sharding=None, verify=False):
         params = checkpoints.read_params(path, model_config, sharding, dtype=dtype, verify=verify)
     model = transformer.Transformer(model_config, routing_group=config.losses.load_balancing_group)
     return model, params
+
+
+def load_params(directory, model_config, *, sharding=None, dtype=None):
+    """The parameters in `directory`, verified where it has hashes, for a model that is given.
+
+    Args:
+      directory: of any kind that `load` takes, or a step directory of a run's `resume`.
+      model_config: the ModelConfig whose parameters they must be.
+      sharding, dtype: as of `load`, but no mesh.
+
+    Raises:
+      FileNotFoundError: there is no model in `directory`.
+      ValueError: it is of another architecture, or damaged.
+    """
+    if not folders.is_folder(os.path.expanduser(directory)):
+        return checkpoints.read_params(directory, model_config, sharding, dtype=dtype, verify=True)
+    source = sources.Foreign(os.path.expanduser(directory))
+    if differ := translation.differences(source.config.model, model_config):
+        raise ValueError(f"{directory} holds another model: it has {'; '.join(differ)}")
+    if (source.path / manifest.FOLDER).is_dir():
+        sources.check_hashes(source)
+    return reading.read_params(source, sharding, dtype=dtype)

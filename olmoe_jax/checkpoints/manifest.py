@@ -196,14 +196,17 @@ def read(path) -> dict[str, Leaf]:
 
 def damaged_files(path) -> list[str]:
     """Paths, relative to the checkpoint at `path`, of files that are not those that were saved."""
-    noted = {}
+    noted, bad = {}, []
     for file in (path / FOLDER).glob("process_*.json"):
-        record = json.loads(file.read_text())
-        # The first checkpoints noted the hash of config.json alone, under this name.
-        hashes = record.get("files") or {"config.json": record.get("config_sha256")}
-        for name, sha256 in hashes.items():
-            noted.setdefault(name, set()).add(sha256)
-    return [name for name, hashes in noted.items() if hashes != {_file_digest(path / name)}]
+        try:
+            record = json.loads(file.read_text())
+            # The first checkpoints noted the hash of config.json alone, under this name.
+            hashes = record.get("files") or {"config.json": record.get("config_sha256")}
+            for name, sha256 in hashes.items():
+                noted.setdefault(name, set()).add(sha256)
+        except (ValueError, AttributeError, TypeError):
+            bad.append(f"{FOLDER}/{file.name}")
+    return bad + [n for n, hashes in noted.items() if hashes != {_file_digest(path / n)}]
 
 
 def _file_digest(file) -> str | None:

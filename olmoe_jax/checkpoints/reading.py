@@ -20,6 +20,11 @@ CONFIG = "config.json"
 
 def abstract_params(model_config) -> dict:
     """The parameters of a ModelConfig as jax.ShapeDtypeStruct, in the layout of training."""
+    return jax.tree.map(lambda leaf: leaf, _abstract_params(model_config))  # a tree of its own
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_params(model_config):
     model = transformer.Transformer(model_config)
     input_ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     return jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), input_ids)[

@@ -334,5 +334,6 @@ class StreamedReader:
         with self._lock:
             if name not in self._stores:
                 spec = manifest.spec(self.path / reading.PARAMS, name)
+                spec["fill_missing_data_reads"] = False  # a lost chunk is not zeros
                 self._stores[name] = ts.open(spec, read=True, context=self._context).result()
             return self._stores[name]

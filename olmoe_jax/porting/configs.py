@@ -13,6 +13,7 @@ from olmoe_jax.porting import families, training_format, translation
 
 read_training = training_format.read
 write_training = training_format.write
+token_ids = training_format.token_ids
 
 # Training, bookkeeping, token ids, and the generation settings that version 4 wrote here too. The
 # dtype is that of the tensors themselves.
@@ -61,13 +62,15 @@ def read(config, where) -> tuple[families.Family, config_lib.ModelConfig]:
     family = _family(config, where)
     values = _with_one_rope(config, where)
     values = _with_one_name(values, family, where)
-    fixed = _OFF | {"architectures": [family.architecture]}
+    fixed = _OFF | {"architectures": [family.architecture]} | _head_dim(values, family)
     return family, translation.to_model(family, values, where, fixed=fixed, unused=_UNUSED)
 
 
 def _family(config, where):
     known = ", ".join(families.FAMILIES)
     kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise ValueError(f"{where}: model_type is {kind!r}: expected a name; covered are {known}")
     if kind in families.UNSUPPORTED:
         lacking = families.UNSUPPORTED[kind]
         raise ValueError(f"{where}: {kind} is not covered: {lacking}; covered are {known}")
@@ -90,12 +93,23 @@ def _with_one_rope(config, where):
         if rest or not whole or kinds != {"default"}:
             continue  # stays, as a field that is not covered
         del values[name]
-        if theta is not None and values.setdefault("rope_theta", theta) != theta:
+        if values.get("rope_theta") is None and theta is not None:
+            values["rope_theta"] = theta
+        if theta is not None and values["rope_theta"] != theta:
             raise ValueError(
                 f"{where}: rope_theta is {values['rope_theta']!r} but {name} says {theta!r}: "
                 "versions of transformers differ in which one they take; leave the right one"
             )
     return values
+
+
+def _head_dim(values, family):
+    """{"head_dim": the one value} of a class that knows no other than hidden_size / heads."""
+    names = ("hidden_size", "num_attention_heads")
+    width, heads = (values.get(name, family.fields[name][1]) for name in names)
+    if "head_dim" not in family.fixed or not type(width) is type(heads) is int or not heads:
+        return {}
+    return {"head_dim": width // heads}
 
 
 def _with_one_name(values, family, where):
@@ -197,9 +211,15 @@ def reader_warnings(family, model_config, tokenizer_json) -> tuple[str, ...]:
                    f"num_attention_heads={c.num_heads}")  # fmt: skip
     if tokenizer_json is None:
         out.append("vLLM, SGLang and llama.cpp look for the tokenizer in the folder: it has none")
-    elif tokenizer_fingerprint(tokenizer_json) != _OLMOE_TOKENIZER:
-        out.append("llama.cpp converts only tokenizers of its own list: this one is not OLMoE's, "
-                   "so its converter may refuse the folder")  # fmt: skip
+    else:
+        try:
+            known = tokenizer_fingerprint(tokenizer_json) == _OLMOE_TOKENIZER
+        except ValueError as error:
+            out.append(f"vLLM, SGLang and llama.cpp will not open the tokenizer: {error}")
+        else:
+            if not known:
+                out.append("llama.cpp converts only tokenizers of its own list: this one is not "
+                           "OLMoE's, so its converter may refuse the folder")  # fmt: skip
     return tuple(out)
 
 
@@ -208,9 +228,17 @@ def tokenizer_fingerprint(tokenizer_json) -> str:
 
     Two files that differ in added tokens or in how they spell merges have the same; llama.cpp knows
     a tokenizer by the ids of a text, which come from the same numbers.
+
+    Raises:
+      ValueError: it could not be read as a tokenizer.json.
     """
-    model = json.loads(tokenizer_json).get("model", {})
-    merges, vocab = model.get("merges") or [], model.get("vocab") or {}
-    merges = [pair.split(" ") if isinstance(pair, str) else list(pair) for pair in merges]
-    ids = [vocab.get("".join(pair)) for pair in merges] if isinstance(vocab, dict) else []
+    try:
+        model = json.loads(tokenizer_json)["model"]
+        merges, vocab = model.get("merges") or [], model.get("vocab") or {}
+        merges = [pair.split(" ") if isinstance(pair, str) else list(pair) for pair in merges]
+        words = ["".join(pair) for pair in merges]
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"tokenizer.json could not be read ({reason})") from None
+    ids = [vocab.get(word) for word in words] if isinstance(vocab, dict) else []
     return hashlib.sha256(json.dumps([merges, ids]).encode()).hexdigest()

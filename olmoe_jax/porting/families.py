@@ -9,6 +9,8 @@ import dataclasses
 import fnmatch
 import re
 
+import numpy as np
+
 from olmoe_jax import checkpoints
 from olmoe_jax.checkpoints import layout
 from olmoe_jax.porting.tables import FAMILIES, TRAINING, UNSUPPORTED, Family, Row
@@ -19,12 +21,18 @@ __all__ = [
 ]  # fmt: skip
 
 _LAYER = re.compile(r"layers/(\d+)/")
-_TIED = "the config ties the head to the embedding, so it has no tensor of its own"
-_HINTS = {  # end of an unknown name → what it means
-    "lm_head.weight": _TIED,
-    "transformer.ff_out.weight": _TIED,
-    "mlp.experts.gate_up_proj": "its experts are packed; save it with save_original_format=True",
-}
+_TIED = (
+    "the config ties the head to the embedding, so it has no tensor of its own but a copy of the "
+    "embedding"
+)
+_PACKED = (
+    "its experts are packed; unpack them with python -c \"from transformers import "
+    "AutoModelForCausalLM as M; M.from_pretrained('{where}', dtype='auto')"
+    ".save_pretrained('{where}-unpacked')\""
+)
+_EDGES = [{row.ours: row.theirs for row in f.rows} for f in (*FAMILIES.values(), TRAINING)]
+_HEADS = {its["lm_head"]: its["embedding"] for its in _EDGES}  # names, in every format
+_HINTS = dict.fromkeys(_HEADS, _TIED) | {"mlp.experts.gate_up_proj": _PACKED}  # by end of name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,18 +133,20 @@ def tensor_shapes(parts) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def match(parts, folder_tensors, ignored, where):
+def match(parts, folder_tensors, ignored, where, *, read=None, files=None):
     """Checks that a folder has exactly the tensors that its config asks for.
 
-    A head beside tied embeddings is unknown: no reader would use it, and dropping it would make the
-    way back inexact. So are experts packed into one tensor (transformers 5 on request): here they
-    are per expert, as released.
+    A head beside tied embeddings may be there if it has the bits of the embedding (the `state_dict`
+    of a tied model has both); any other is unknown: no reader would use it.
 
     Args:
       parts: as `parts` returns them.
       folder_tensors: {name: shape}.
       ignored: patterns of names that may be there besides.
       where: the folder, for the message.
+      read: function from a name to its array, by which such a head is compared; without it, or
+        where there is none, every head beside tied embeddings is unknown.
+      files: {name: file}, for the message.
 
     Raises:
       ValueError: tensors are missing, unknown or of another shape.
@@ -149,17 +159,37 @@ def match(parts, folder_tensors, ignored, where):
         if name not in shapes and not any(fnmatch.fnmatchcase(name, p) for p in ignored)
     ]
     wrong = [
-        f"{name} {list(folder_tensors[name])}, expected {list(shape)}"
+        f"{name} {list(folder_tensors[name])}, expected {list(shape)}{_inside(name, files)}"
         for name, shape in shapes.items()
         if name in folder_tensors and tuple(folder_tensors[name]) != shape
     ]
-    problems = {"missing": missing, "unknown": unknown, "of another shape": wrong}
+    if read is not None and not missing and not wrong:  # else there may be nothing to compare with
+        unknown = [name for name in unknown if not _copies_embedding(name, shapes, read)]
+    located = [name + _inside(name, files) for name in unknown]
+    problems = {"missing": missing, "unknown": located, "of another shape": wrong}
     if not any(problems.values()):
         return
     found = "; ".join(f"{len(v)} {kind} ({_some(v)})" for kind, v in problems.items() if v)
     hints = {h for end, h in _HINTS.items() if any(name.endswith(end) for name in unknown)}
-    found = "; ".join([found, *sorted(hints)])
+    found = "; ".join([found, *sorted(hint.format(where=where) for hint in hints)])
     raise ValueError(f"{where}: the tensors are not those that its config asks for: {found}")
+
+
+def _inside(name, files):
+    """" in FILE", if that is known."""
+    return f" in {files[name]}" if files and name in files else ""
+
+
+def _copies_embedding(name, shapes, read):
+    """Whether a tensor without a place is a head with the bits of the embedding."""
+    if _HEADS.get(name) not in shapes:
+        return False
+    head, embedding = read(name), read(_HEADS[name])
+    if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+        return False
+    bits = f"u{head.dtype.itemsize}"  # a NaN is no different from itself
+    rows = zip(head, embedding, strict=True)
+    return all(np.array_equal(one.view(bits), other.view(bits)) for one, other in rows)
 
 
 def _some(names):

@@ -28,11 +28,18 @@ _CARRIED = (
     "config.yaml",
     "generation_config.json",
     "tokenizer*.json",
-    "tokenizer.model",
+    "tokenizer.model*",  # of SentencePiece; Mistral's end in .v3
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "*.tiktoken",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.json",
     "*.jinja",
 )
 
@@ -77,7 +84,11 @@ class Folder:
 
 
 def is_folder(path) -> str | None:
-    """Which kind of foreign weights `path` seems to hold: "huggingface", "olmo" or None."""
+    """Which kind of foreign weights `path` seems to hold: "huggingface", "olmo" or None.
+
+    A config.json that cannot be read counts, if there are weights: `open_folder` says what is
+    wrong with it. Without a model_type it is not Hugging Face's.
+    """
     path = pathlib.Path(path)
     names = _names(path) if path.is_dir() else set()
     if "config.json" in names:
@@ -87,7 +98,7 @@ def is_folder(path) -> str | None:
         try:
             config = safetensors.parse_json((path / "config.json").read_bytes(), path)
         except (OSError, ValueError):
-            return None
+            return HUGGING_FACE if weights else None
         return HUGGING_FACE if weights and "model_type" in config else None
     return OLMO if "config.yaml" in names and {_ONE, _PICKLED_OLMO} & names else None
 
@@ -247,6 +258,13 @@ def _read_pickled(path):
             f"{path}: torch {torch.__version__} can be made to run code by a file, even with "
             "weights_only (CVE-2025-32434); install 2.6 or newer"
         )
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            raise ValueError(
+                f"{path}: no zip archive, as torch.save writes since torch 1.6; if an older one "
+                "wrote it, save it again: python -c \"import torch; f = "
+                f"'{path}'; torch.save(torch.load(f, 'cpu', weights_only=True), f)\""
+            )
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a broken or hostile pickle fails in any way it likes

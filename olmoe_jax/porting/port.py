@@ -17,8 +17,7 @@ import yaml
 from etils import epath
 
 from olmoe_jax import config as config_lib
-from olmoe_jax import generation
-from olmoe_jax.checkpoints import manifest, naming
+from olmoe_jax.checkpoints import manifest, naming, streamed
 from olmoe_jax.data import tokenizer as tokenizer_lib
 from olmoe_jax.porting import (
     configs,
@@ -27,6 +26,7 @@ from olmoe_jax.porting import (
     sources,
     targets,
     tokenizer_files,
+    training_format,
     translation,
     transposing,
 )
@@ -83,6 +83,8 @@ def port(input, output, *, to, dtype=None, strict=False, announce=print) -> Resu
     if dtype is not None and dtype not in config_lib.DTYPE_NAMES:
         raise ValueError(f"dtype {dtype!r}: must be one of {', '.join(config_lib.DTYPE_NAMES)}")
     source = sources.open_source(input)
+    if output.is_relative_to(os.path.abspath(source.path)):
+        raise ValueError(f"{output}: lies in the input {source.path}; name another --output")
     leaves = {n: (shape, dtype or own) for n, (shape, own) in source.leaves.items()}
     foreign = None if to == ORBAX else _describe(source, to, dtype, leaves)
     total = sum(_num_bytes(*leaf) for leaf in leaves.values())
@@ -93,7 +95,8 @@ def port(input, output, *, to, dtype=None, strict=False, announce=print) -> Resu
         announce(line)
     if strict:
         _refuse_nan(source)
-    job = {"input": str(source.path), "source": _fingerprint(source.path), "to": to, "dtype": dtype}
+    state = hashlib.sha256(json.dumps(source.state()).encode()).hexdigest()
+    job = {"input": str(source.path), "state_of_input": state, "to": to, "dtype": dtype}
     if foreign is None:
         step = naming.parse_name(source.path.name)
         target = targets.Orbax(output, source, dtype=dtype, step=step, job=job)
@@ -108,7 +111,8 @@ def port(input, output, *, to, dtype=None, strict=False, announce=print) -> Resu
         target.finish()
         phases["finish"] = time.monotonic() - begin
     if nan:
-        warnings.append(f"warning: NaN in {len(nan)} arrays: {', '.join(sorted(nan)[:3])}")
+        first = ", ".join(_in_source(source, name) for name in sorted(nan)[:3])
+        warnings.append(f"warning: {len(nan)} arrays hold NaN: {first}")
         announce(warnings[-1])
     count = len(leaves) if foreign is None else len({p.theirs for p in foreign.parts})
     return Result(
@@ -123,7 +127,8 @@ def revisions(input) -> list[tuple[str, pathlib.Path]]:
     Empty if `input` is a model itself, or a run's workdir.
     """
     path = pathlib.Path(os.path.expanduser(input))
-    if not path.is_dir() or (path / naming.CHECKPOINTS).is_dir():
+    is_model = folders.is_folder(path) or naming.is_complete(path)
+    if is_model or not path.is_dir() or (path / naming.CHECKPOINTS).is_dir():
         return []
     found = [p for p in path.iterdir() if p.is_dir() and naming.parse_name(p.name) is not None]
     return [(p.name, p) for p in sorted(found, key=lambda p: naming.parse_name(p.name))]
@@ -141,19 +146,19 @@ class _Description:
 
 def _describe(source, to, dtype, leaves):
     """The _Description of `source` as a folder in format `to`."""
-    files, name = dict(source.files), CONFIG_NAME[to]
-    if source.format == to and (dtype is None or to == OLMO):  # config.yaml names no dtype
+    files, name, cast_to = dict(source.files), CONFIG_NAME[to], dtype or source.cast_to
+    if source.format == to and (cast_to is None or to == OLMO):  # config.yaml names no dtype
         config = _parse(to, files[name])
     else:
         for other in CONFIG_NAME.values():
             if other != name:
                 files.pop(other, None)
         if source.format == to:
-            config = configs.with_dtype(_parse(to, files[name]), dtype)
+            config = configs.with_dtype(_parse(to, files[name]), cast_to)
         elif to == OLMO:
             config = configs.write_training(source.config.model, **_token_ids(source))
         else:
-            config, more = _new_hugging_face(source, dtype, leaves)
+            config, more = _new_hugging_face(source, leaves)
             files |= more
         files[name] = _dump(to, config)
     read = configs.read if to == HUGGING_FACE else configs.read_training
@@ -164,7 +169,14 @@ def _describe(source, to, dtype, leaves):
     plan = source.plan if source.format == to and dtype is None else None
     if plan is None:
         shapes = families.tensor_shapes(parts)
-        dtypes = {part.theirs: leaves[part.ours][1] for part in parts}
+        dtypes = {}
+        for part in parts:
+            kind = leaves[part.ours][1]
+            if dtypes.setdefault(part.theirs, kind) != kind:
+                raise ValueError(
+                    f"{part.theirs} holds arrays of {dtypes[part.theirs]} and of {kind} "
+                    f"({part.ours}) in this format: pass --dtype to make them one"
+                )
         plan = targets.make_plan(shapes, dtypes, format=to)
     warnings = ()
     if to == HUGGING_FACE:
@@ -173,31 +185,28 @@ def _describe(source, to, dtype, leaves):
     return _Description(parts, files, plan, tuple(f"warning: {w}" for w in warnings))
 
 
-def _new_hugging_face(source, dtype, leaves):
+def _new_hugging_face(source, leaves):
     """(config.json as a dict, {name: bytes} of the other small files) of a folder that has none."""
-    kinds = collections.Counter(kind for _, kind in leaves.values())
-    files, end, pad = {}, None, None
-    tokenizer = None
-    if "tokenizer.json" in source.files:
-        tokenizer = tokenizer_lib.Tokenizer(source.files["tokenizer.json"])
-    elif source.format is None:
-        tokenizer = generation.find_tokenizer(source.path)
-    if tokenizer is not None:
-        files, end, pad = tokenizer_files.make(tokenizer, source.config.model.max_length)
-    config = configs.write(
-        source.config.model, dtype=kinds.most_common(1)[0][0], eos_token_id=end, pad_token_id=pad
+    kinds, ids = collections.Counter(kind for _, kind in leaves.values()), _token_ids(source)
+    config = configs.write(source.config.model, dtype=kinds.most_common(1)[0][0], **ids)
+    generation = (json.dumps(ids, indent=2) + "\n").encode()
+    files = (
+        {} if "generation_config.json" in source.files else {"generation_config.json": generation}
     )
-    ids = {"eos_token_id": end, "pad_token_id": pad}
-    given = {name: value for name, value in ids.items() if value is not None}
-    files["generation_config.json"] = (json.dumps(given, indent=2) + "\n").encode()
-    return config, {n: data for n, data in files.items() if n not in source.files}
+    return config, files
 
 
 def _token_ids(source):
-    """{"eos_token_id": …, "pad_token_id": …} as far as the source's config.json names them."""
-    config = json.loads(source.files.get("config.json", b"{}"))
-    names = ("eos_token_id", "pad_token_id")
-    return {n: config[n] for n in names if isinstance(config.get(n), int)}
+    """{"eos_token_id": …, "pad_token_id": …} by the source's config, else by its tokenizer."""
+    for to, name in CONFIG_NAME.items():
+        if name in source.files:
+            return training_format.token_ids(_parse(to, source.files[name]))
+    if source.format is None and "tokenizer.json" in source.files:  # of a model trained here
+        tokenizer = tokenizer_lib.Tokenizer(source.files["tokenizer.json"])
+        _, end, pad = tokenizer_files.make(tokenizer, source.config.model.max_length)
+        ids = {"eos_token_id": end, "pad_token_id": pad}
+        return {name: value for name, value in ids.items() if value is not None}
+    return {}
 
 
 def _stream(source, target, leaves, total):
@@ -257,11 +266,22 @@ def _has_nan(array) -> bool:
 
 
 def _refuse_nan(source):
-    for name in source.leaves:
-        if _has_nan(source.read(name)):
-            raise ValueError(
-                f"{source.path}: {name} holds NaN; --strict refuses it, without it NaN is kept"
-            )
+    for name, (shape, kind) in source.leaves.items():
+        for bounds in streamed.slabs(shape, kind):
+            if _has_nan(source.read(name, (slice(*bounds),))):
+                raise ValueError(
+                    f"{source.path}: {_in_source(source, name)} holds NaN; --strict refuses it, "
+                    "without it NaN is kept"
+                )
+
+
+def _in_source(source, name):
+    """How the source calls what holds NaN: its tensor and file, or our array."""
+    for part in source.parts if source.folder else ():
+        rows = slice(part.start, part.start + part.shape[0])
+        if part.ours == name and _has_nan(source.folder.read(part.theirs)[rows]):
+            return f"{part.theirs} in {source.folder.tensors[part.theirs].file}"
+    return name
 
 
 def _casts(leaves, dtype):
@@ -289,13 +309,6 @@ def _check_disk(output, total):
         )
 
 
-def _fingerprint(path):
-    """Changes when the source's files do: a hash of their names, sizes and times."""
-    files = sorted(p for p in pathlib.Path(path).rglob("*") if p.is_file())
-    states = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    return hashlib.sha256(json.dumps(states).encode()).hexdigest()
-
-
 def _parse(to, data):
     return json.loads(data) if to == HUGGING_FACE else yaml.safe_load(data)
 
@@ -317,7 +330,7 @@ def pairs(input, output, *, to) -> list[tuple[str, str]]:
     """[(input, output)] of single ports: one, or one for each revision in the folder `input`.
 
     Revisions go to `output/checkpoints/NAME`, as a training run has them, or without `checkpoints`
-    for other formats. Those that are there already are left out.
+    for other formats.
     """
     found = revisions(input)
     if not found:
@@ -325,7 +338,25 @@ def pairs(input, output, *, to) -> list[tuple[str, str]]:
     folder = pathlib.Path(os.path.expanduser(output))
     if to == ORBAX:
         folder = folder / naming.CHECKPOINTS
-    return [(str(path), str(folder / name)) for name, path in found if not (folder / name).exists()]
+    return [(str(path), str(folder / name)) for name, path in found]
+
+
+def check_all(pairs, *, dtype=None):
+    """Opens every input of a suite and holds their sum against the disk, before any is ported.
+
+    Raises:
+      FileNotFoundError, FileExistsError, ValueError: an input, or what is at an output already, is
+        not as it must be. OSError: the disk is too small.
+    """
+    total = 0
+    for source, target in pairs:
+        leaves = sources.open_source(source).leaves.values()
+        if not os.path.exists(target):
+            total += sum(_num_bytes(shape, dtype or own) for shape, own in leaves)
+        elif not os.path.exists(os.path.join(target, manifest.FOLDER)):
+            raise FileExistsError(f"{target}: is there but was not ported; delete it")
+    if pairs:
+        _check_disk(pathlib.Path(pairs[-1][1]), total)
 
 
 def table(path) -> list[tuple[str, str, str]]:

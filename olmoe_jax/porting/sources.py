@@ -12,16 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from olmoe_jax import checkpoints
+from olmoe_jax import checkpoints, generation
 from olmoe_jax import config as config_lib
 from olmoe_jax.checkpoints import layout, manifest, naming, streamed
-from olmoe_jax.porting import configs, families, folders, transposing
+from olmoe_jax.porting import configs, families, folders, tokenizer_files, transposing
 
 WORKDIR = "workdir"
 CHECKPOINT = "checkpoint"
 ORBAX = "orbax"
 FOREIGN = (folders.HUGGING_FACE, folders.OLMO)
 
+DTYPES = ("float32", "bfloat16", "float16")
 SOURCE = "source"  # the folder of a ported checkpoint with the files of the original
 PLAN = "plan.json"  # in it: how the original's tensors were spread over files
 
@@ -95,6 +96,11 @@ class Plan:
     headers: dict[str, str]
     index: str | None
 
+    def __post_init__(self):
+        names = [n for n in self.headers if n != os.path.basename(n) or n in ("", ".", "..")]
+        if names or self.format not in FOREIGN:
+            raise ValueError(f"{PLAN}: names {(names or [self.format])[0]!r}, which no port writes")
+
     def to_json(self) -> bytes:
         """For `plan.json`."""
         return (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode()
@@ -109,10 +115,13 @@ class Foreign:
       leaves: {stored name: (shape, dtype name)}.
       files: {name: bytes} of the small files that travel along, verbatim.
       plan: the Plan, or None where it cannot be kept (pickled weights).
+      cast_to: dtype to which the weights were cast after `files` were written, or None.
 
     Raises:
       FileNotFoundError, ValueError: the folder, its config or its tensors are not as they must be.
     """
+
+    cast_to = None
 
     def __init__(self, path):
         self.folder = folders.open_folder(path)
@@ -129,6 +138,11 @@ class Foreign:
         self.leaves = self._find_leaves(model_config)
         self.files = {n: (self.folder.path / n).read_bytes() for n in self.folder.carried}
         self.plan = self._make_plan()
+
+    def state(self) -> list:
+        """What changes when the files that are read here do."""
+        names = (*self.folder.files, *self.folder.carried)
+        return [_state(self.folder.path / name) for name in names]
 
     def read(self, name, window=()) -> np.ndarray:
         """One window (a tuple of slices, missing ones are whole) of a stored array, as stored."""
@@ -160,7 +174,11 @@ class Foreign:
                     f"{self.path}: {its} is {one} but {another} is {other}: they become one array, "
                     "so their dtypes must be the same; pass the weights in one dtype"
                 )
-            leaves[name] = leaf.shape, next(iter(kinds))
+            kind, its = next(iter(kinds.items()))
+            if kind not in DTYPES:
+                file = self.folder.path / self.folder.tensors[its].file
+                raise ValueError(f"{file}: {its} is {kind}: expected one of {', '.join(DTYPES)}")
+            leaves[name] = leaf.shape, kind
         return leaves
 
     def _make_plan(self):
@@ -193,15 +211,24 @@ class Checkpoint:
         wanted = {n: tuple(x.shape) for n, x in stored_leaves(self.config.model).items()}
         if wanted != {n: tuple(shape) for n, (shape, _) in self.leaves.items()}:
             checkpoints.read_params(self.path)  # says what is missing
-        self.plan, self.files, self.format = None, {}, None
-        source = self.path / SOURCE
-        if source.is_dir():
-            names = sorted(p.name for p in source.iterdir())
-            self.files = {n: (source / n).read_bytes() for n in names}
-            plan = self.files.pop(PLAN, None)
-            ported = content.get("ported", {})
-            self.format = ported.get("format")
-            self.plan = plan and Plan(**json.loads(plan))
+        ported = content.get("ported", {})
+        self.format, self.cast_to = ported.get("format"), ported.get("dtype")
+        if bad := manifest.damaged_files(self.path):
+            raise manifest.DamagedError(f"{self.path}: {bad[0]} is not as it was written")
+        self.plan = None
+        if (folder := self.path / SOURCE).is_dir():
+            self.files = {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+            if (plan := self.files.pop(PLAN, None)) is not None:
+                self.plan = Plan(**json.loads(plan))
+        elif (tokenizer := generation.find_tokenizer(self.path)) is not None:
+            self.files = tokenizer_files.make(tokenizer, self.config.model.max_length)[0]
+        else:
+            self.files = {}
+
+    def state(self) -> list:
+        """What changes when the files that are read here do."""
+        files = sorted((self.path / manifest.FOLDER).glob("process_*.json"))
+        return [_state(file) for file in files]
 
     def read(self, name, window=()) -> np.ndarray:
         """One window (a tuple of slices, missing ones are whole) of a stored array, as stored."""
@@ -249,6 +276,11 @@ def config_of(model_config) -> config_lib.Config:
     """A whole Config around an architecture that was not trained here."""
     data = config_lib.DataConfig(sequence_length=model_config.max_length)
     return config_lib.Config(model=model_config, data=data)
+
+
+def _state(path):
+    status = os.stat(path)
+    return str(path), status.st_size, status.st_mtime_ns
 
 
 def _bounds(window, shape):

@@ -13,7 +13,7 @@ import os
 import numpy as np
 
 from olmoe_jax.checkpoints import manifest, partial, streamed
-from olmoe_jax.porting import olmo_names, safetensors, sources, transposing
+from olmoe_jax.porting import families, olmo_names, safetensors, sources, transposing
 
 SHARD_BYTES = 5 * 10**9  # of a Hugging Face folder that has no plan: the size of released folders
 INDEX = "model.safetensors.index.json"
@@ -35,7 +35,7 @@ class Orbax:
         content = {
             "config": dataclasses.asdict(source.config),
             "step": step,
-            "ported": {"format": source.format, "dtype": dtype},
+            "ported": {"format": source.format, "dtype": dtype or source.cast_to},
         }
         files = {f"{sources.SOURCE}/{name}": data for name, data in source.files.items()}
         if source.plan is not None and dtype is None:
@@ -96,6 +96,7 @@ class Foreign:
             for name, tensor in safetensors.parse_header(text, file).tensors.items():
                 known = olmo_names.decode(name) if plan.format == "olmo" else name
                 self._tensors[known] = file, name, tensor
+        self._check_headers(parts)
 
     def __enter__(self):
         return self
@@ -130,7 +131,13 @@ class Foreign:
                 transposing.copy(block, turned, transpose=True)
                 block = turned
             file, stored_name, _ = self._tensors[part.theirs]
-            self._writers[file].write(stored_name, block, first)
+            try:
+                self._writers[file].write(stored_name, block, first)
+            except OSError as error:
+                raise OSError(
+                    f"{self._partial.folder / file}: {part.theirs} was not written: "
+                    f"{error.strerror or error}; then run the same line again"
+                ) from error
             self._partial.record(part.theirs, (first,), block.shape, manifest.digest(block))
 
     def finish(self):
@@ -141,15 +148,33 @@ class Foreign:
             name: {"shape": list(tensor.shape), "dtype": tensor.dtype, "pieces": []}
             for name, (_, _, tensor) in self._tensors.items()
         }
+        rows = dict.fromkeys(leaves, 0)
         for (name, start), piece in sorted(self._partial.done.items()):
-            shape = leaves[name]["shape"]
-            full = list(start) + [0] * (len(shape) - 1)
+            full = list(start) + [0] * (len(piece.shape) - 1)
             leaves[name]["pieces"].append(
                 {"start": full, "shape": list(piece.shape), "sha256": piece.sha256}
+            )
+            rows[name] += piece.shape[0]
+        if wrong := [name for name, leaf in leaves.items() if rows[name] != leaf["shape"][0]]:
+            raise ValueError(
+                f"{self._partial.folder}: {len(wrong)} of {len(leaves)} tensors were not written "
+                f"exactly once ({wrong[0]}, …)"
             )
         hashes = {n: hashlib.sha256(data).hexdigest() for n, data in self._files.items()}
         manifest.write_record(self._partial.folder, leaves, files=hashes)
         self._partial.commit()
+
+    def _check_headers(self, parts):
+        """The files have room for what will be written, and for nothing else."""
+        dtypes = {part.theirs: self._leaves[part.ours][1] for part in parts}
+        wanted = {n: (dtypes[n], shape) for n, shape in families.tensor_shapes(parts).items()}
+        found = {n: (tensor.dtype, tensor.shape) for n, (_, _, tensor) in self._tensors.items()}
+        if differ := sorted(n for n in wanted | found if wanted.get(n) != found.get(n)):
+            name = differ[0]
+            raise ValueError(
+                f"{self._partial.path}: {len(differ)} tensors are not as the plan of the files has "
+                f"them ({name}: {wanted.get(name)}, planned {found.get(name)})"
+            )
 
     def _pieces(self, name, start, stop):
         """(part, first row in their tensor) of what a slab holds."""

@@ -187,3 +187,20 @@ def write(model_config, *, eos_token_id=None, pad_token_id=None) -> dict:
     if lacking := translation.differences(c, theirs):
         raise ValueError(f"allenai/OLMo does not compute this model: here {'; '.join(lacking)}")
     return {"model": model}
+
+
+def token_ids(config) -> dict[str, int]:
+    """{"eos_token_id": …, "pad_token_id": …} as far as a config names them, for `write`.
+
+    Args:
+      config: a parsed config.yaml or config.json; of several ends of text the first is taken.
+    """
+    values, out = config.get("model"), {}
+    values = values if isinstance(values, dict) else config
+    for name in ("eos_token_id", "pad_token_id"):
+        value = values.get(name)
+        if isinstance(value, list) and value:
+            value = value[0]
+        if type(value) is int:
+            out[name] = value
+    return out

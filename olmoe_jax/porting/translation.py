@@ -31,6 +31,8 @@ def to_model(family, values, where, *, more=(), fixed=(), unused=()):
         value = values.get(name, default)
         if field == "num_kv_heads" and value is None:
             continue
+        if field == "init_std" and value is None:
+            value = default  # of training only
         ours[field] = _typed(value, kinds[field], name, where)
     ours |= dict(more)
     ours.setdefault("num_kv_heads", ours["num_heads"])
@@ -38,9 +40,11 @@ def to_model(family, values, where, *, more=(), fixed=(), unused=()):
     for name, value in values.items():
         if name in family.fields or name in family.unused or name in unused:
             continue
+        if value is None:
+            continue  # not set
         if name not in fixed:
             refused.append(f"{name}={value!r} (unknown)")
-        elif value is not None and value != fixed[name]:
+        elif value != fixed[name]:
             refused.append(f"{name}={value!r} (only {fixed[name]!r})")
     if refused:
         raise ValueError(f"{where}: {family.name} is not covered with {', '.join(refused)}")

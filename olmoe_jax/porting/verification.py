@@ -28,7 +28,8 @@ _BLOCK, _CACHE_LINE = 256, 64  # rows and columns, bytes: as in `transposing`
 def verify(input_path, output_path, *, announce=print) -> tuple[str, ...]:
     """Checks a port and returns what was checked, as sentences.
 
-    In this order: the output's bytes against the hashes noted when it was written; that both
+    In this order: the bytes against the hashes noted when they were written, of the output and, if
+    it has any (a checkpoint of ours, a folder that `port` wrote), of the input; that both
     configs describe one architecture; every tensor of the input against its counterpart; where
     torch and transformers can be imported, one side is a Hugging Face folder and the model fits in
     memory, float32 logits and a greedy continuation. What could not be checked is a sentence too,
@@ -41,11 +42,13 @@ def verify(input_path, output_path, *, announce=print) -> tuple[str, ...]:
 
     Raises:
       ValueError: something differs; it names the tensor, the first position and the likely cause.
-      checkpoints.DamagedError: the output's bytes are not those that were written.
+      checkpoints.DamagedError: bytes of the input or the output are not those that were written.
     """
     source, target = sources.open_source(input_path), sources.open_source(output_path)
     announce(f"verifying: {target.path}")
+    noted = (epath.Path(source.path) / manifest.FOLDER).is_dir()
     return (
+        *([_check_hashes(source, "the input ")] if noted else []),
         _check_hashes(target),
         _check_architecture(source, target),
         *_check_tensors(source, target),
@@ -53,15 +56,18 @@ def verify(input_path, output_path, *, announce=print) -> tuple[str, ...]:
     )
 
 
-def _check_hashes(target):
-    path = epath.Path(target.path)
-    if target.folder is not None:
-        sources.check_hashes(target)
-    leaves = manifest.read(path)
-    if target.folder is None:
+def _check_hashes(side, role=""):
+    path = epath.Path(side.path)
+    leaves = manifest.read(path)  # first: says whether the record itself is whole
+    if side.folder is not None:
+        sources.check_hashes(side)
+    else:
         reading.check_hashes(path, reading.PARAMS, leaves)
     pieces = sum(len(leaf.pieces) for leaf in leaves.values())
-    return f"all bytes of {path} have the hashes noted when they were written ({pieces:,} pieces)"
+    return (
+        f"all bytes of {role}{path} have the hashes noted when they were "
+        f"written ({pieces:,} pieces)"
+    )
 
 
 def _check_architecture(source, target):

@@ -16,7 +16,7 @@ import time
 import jax
 import numpy as np
 
-from olmoe_jax import accounting, checkpoints, sharding
+from olmoe_jax import accounting, checkpoints, loading, sharding
 from olmoe_jax.data import pipeline
 from olmoe_jax.model import transformer
 from olmoe_jax.training import machine, preflight, runs, validation
@@ -132,8 +132,8 @@ def _starting_state(config, abstract, saver):
         other = checkpoints.read_state(source, abstract, config.model)
         state |= {"params": other["params"], "opt_state": other["opt_state"]}
     else:
-        state["params"] = checkpoints.read_params(
-            source, config.model, shardings=shardings["params"], dtype="float32", verify=True
+        state["params"] = loading.load_params(
+            source, config.model, sharding=shardings["params"], dtype="float32"
         )
     return state, 0, f"started from {source}"
 

@@ -11,6 +11,7 @@ from olmoe_jax import checkpoints
 from olmoe_jax import config as config_lib
 from olmoe_jax.data import pipeline, tokenizer
 from olmoe_jax.model import experts
+from olmoe_jax.porting import sources
 from olmoe_jax.training import machine, metrics
 
 # Fields that a run may change when it resumes: they do not change what is computed at a step.
@@ -103,8 +104,13 @@ def _check_vocabulary(size, source, config):
 
 def check_initial_checkpoint(config):
     """Raises FileNotFoundError or ValueError where training.initial_checkpoint cannot be read."""
-    if (source := config.training.initial_checkpoint) is not None:
+    source = config.training.initial_checkpoint
+    if source is None:
+        return
+    if config.training.initial_optimizer_state or sources.kind_of(source) not in sources.FOREIGN:
         checkpoints.read_config(checkpoints.find(source))
+    else:
+        sources.Foreign(os.path.expanduser(source))
 
 
 def finished_record(workdir, config):

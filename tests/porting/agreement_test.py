@@ -65,10 +65,13 @@ def test_logits_and_continuation_equal_those_of_transformers(sides):
 @pytest.mark.parametrize("family", peers.FAMILIES)
 def test_every_family_agrees_there_and_back(family, tmp_path):
     peers.save(f"{family}, {peers.TOGETHER}", tmp_path / "given", max_shard_size="20KB")
-    given, orbax, short = (tmp_path / name for name in ("given", "orbax", "short"))
+    given, orbax, half, short = (tmp_path / name for name in ("given", "orbax", "half", "short"))
     port.port(given, orbax, to="orbax", announce=tiny.quiet)
+    port.port(given, half, to="orbax", dtype="bfloat16", announce=tiny.quiet)
     port.port(orbax, short, to="huggingface", dtype="bfloat16", announce=tiny.quiet)
-    for source, target, remark in ((given, orbax, ""), (orbax, short, "bfloat16, ")):
+    for source, target, remark in (
+        (given, orbax, ""), (given, half, "bfloat16, "), (orbax, short, "bfloat16, "),
+    ):  # fmt: skip
         *_, logits, continuation = verification.verify(source, target, announce=tiny.quiet)
         assert f"{remark}agree within" in logits and "2 x 37 random tokens" in logits
         assert "the greedy continuation of 8 tokens is the same" in continuation

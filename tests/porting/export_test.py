@@ -72,6 +72,16 @@ def test_the_folder_has_what_a_released_one_has(exported, monkeypatch):
         assert whole.read(name).tobytes() == parts.read(name).tobytes()
 
 
+@pytest.mark.parametrize("to", ["orbax", "olmo"])
+def test_the_tokenizer_of_a_run_travels_along(exported, tmp_path, to):
+    run, folder, _ = exported
+    port.port(run, tmp_path / "there", to=to, announce=lambda line: None)
+    port.port(tmp_path / "there", tmp_path / "hf", to="huggingface", announce=lambda line: None)
+    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    for name in names:
+        assert (tmp_path / "hf" / name).read_bytes() == (folder / name).read_bytes(), name
+
+
 def test_warnings_name_the_reader(exported):
     lines = exported[2]
     assert any("llama.cpp" in line and "tokenizer" in line for line in lines)

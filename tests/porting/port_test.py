@@ -78,16 +78,24 @@ def test_dtype_casts_and_says_so(tmp_path):
         assert (same | np.isnan(want)).all() and (np.isnan(got) == np.isnan(want)).all(), name
 
 
+def test_a_cast_on_the_way_in_is_in_the_config_on_the_way_out(tmp_path):
+    source = foreign.write_folder(tmp_path / "in", dtype="float32", shards=1, numbers=True)
+    port.port(source, tmp_path / "half", to="orbax", dtype="bfloat16", announce=quiet)
+    port.port(tmp_path / "half", tmp_path / "copy", to="orbax", announce=quiet)
+    port.port(tmp_path / "copy", tmp_path / "out", to="huggingface", announce=quiet)
+    folder = folders.open_folder(tmp_path / "out")
+    assert {located.dtype for located in folder.tensors.values()} == {"bfloat16"}
+    assert folder.config["torch_dtype"] == folder.config["dtype"] == "bfloat16"
+
+
 def test_revisions_become_the_checkpoints_of_a_run(tmp_path):
     names = ["step5000-tokens20B", "step10000-tokens41B"]
     for seed, name in enumerate(names):
         foreign.write_folder(tmp_path / "suite" / name, seed=seed)
     found = port.pairs(tmp_path / "suite", tmp_path / "run", to="orbax")
     assert [pathlib.Path(target).name for _, target in found] == names
-    port.port(*found[0], to="orbax", announce=quiet)
-    left = port.pairs(tmp_path / "suite", tmp_path / "run", to="orbax")
-    assert [pathlib.Path(target).name for _, target in left] == names[1:]
-    port.port(*left[0], to="orbax", announce=quiet)
+    for source, target in found:
+        port.port(source, target, to="orbax", announce=quiet)
     assert [s for s, _ in checkpoints.list_checkpoints(tmp_path / "run")] == [5000, 10000]
     _, params = olmoe_jax.load(tmp_path / "run")
     _, last = olmoe_jax.load(tmp_path / "suite" / names[1])
@@ -141,7 +149,9 @@ def test_verify_on_loading_finds_a_flipped_bit(tmp_path, to):
 
 def test_nan_is_named_and_strict_refuses_it_before_anything_is_written(tmp_path):
     source = foreign.write_folder(tmp_path / "in")
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(
+        ValueError, match=r"model\.embed_tokens\.weight in model-0000. holds NaN|in"
+    ):
         port.port(source, tmp_path / "out", to="orbax", strict=True, announce=quiet)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
 
@@ -152,6 +162,7 @@ def test_refuses_before_the_output_is_touched(tmp_path, monkeypatch):
         "is there already": (source, source, {}),
         "must be one of float32": (source, tmp_path / "out", {"dtype": "int8"}),
         "no such directory": (tmp_path / "none", tmp_path / "out", {}),
+        "lies in the input": (source, source / "out", {}),
     }
     for message, (given, output, options) in cases.items():
         with pytest.raises((ValueError, OSError), match=message):
@@ -162,17 +173,66 @@ def test_refuses_before_the_output_is_touched(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
 
 
-def test_experts_of_one_array_must_have_one_dtype(tmp_path):
+@pytest.mark.parametrize(
+    "name, dtype, to, message",
+    [
+        ("mlp.experts.3.up_proj", "float16", "orbax", "float16.*dtypes must be the same"),
+        ("self_attn.q_proj", "float64", "orbax", "q_proj.weight is float64: expected one of"),
+        ("self_attn.q_proj", "int8", "orbax", "q_proj.weight is int8: expected one of"),
+        ("self_attn.q_proj", "float32", "olmo", "att_proj.weight holds arrays of float32 and of"),
+    ],
+)
+def test_dtypes_that_cannot_be_kept_are_refused(tmp_path, name, dtype, to, message):
     source = foreign.write_folder(tmp_path / "in", shards=1)
     file = source / "model.safetensors"
     header = safetensors.read_header(file)
     kinds = {n: (t.dtype, t.shape) for n, t in header.tensors.items()}
-    name = "model.layers.1.mlp.experts.3.up_proj.weight"
-    kinds[name] = ("float16", kinds[name][1])
+    name = f"model.layers.1.{name}.weight"
+    kinds[name] = (dtype, kinds[name][1])
     file.unlink()
     safetensors.Writer(file, safetensors.build_header(kinds)).close()
-    with pytest.raises(ValueError, match=r"float16.*dtypes must be the same"):
-        port.port(source, tmp_path / "out", to="orbax", announce=quiet)
+    with pytest.raises(ValueError, match=message):
+        port.port(source, tmp_path / "out", to=to, announce=quiet)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_plan_cannot_write_elsewhere(tmp_path):
+    source = foreign.write_folder(tmp_path / "in", shards=1)
+    port.port(source, tmp_path / "orbax", to="orbax", announce=quiet)
+    plan = tmp_path / "orbax" / "source" / "plan.json"
+    plan.write_text(plan.read_text().replace("model.safetensors", "../../model.safetensors"))
+    with pytest.raises(checkpoints.DamagedError, match="plan.json"):
+        port.port(tmp_path / "orbax", tmp_path / "out", to="huggingface", announce=quiet)
+    with pytest.raises(ValueError, match="no port writes"):
+        sources.Plan("huggingface", {"../model.safetensors": ""}, None)
+
+
+def test_a_lost_chunk_is_an_error(tmp_path):
+    source = foreign.write_folder(tmp_path / "in", shards=1)
+    port.port(source, tmp_path / "orbax", to="orbax", announce=quiet)
+    (tmp_path / "orbax" / "params" / "layers.01.moe.w_up" / "0.0.0").unlink()
+    with pytest.raises(checkpoints.DamagedError, match="layers/01/moe/w_up"):
+        port.port(tmp_path / "orbax", tmp_path / "out", to="huggingface", announce=quiet)
+    with pytest.raises(checkpoints.DamagedError, match="layers/01/moe/w_up"):
+        olmoe_jax.load(tmp_path / "orbax")
+
+
+def test_a_suite_is_checked_before_it_starts(tmp_path, monkeypatch):
+    names = ["step5-tokens1K", "step10-tokens2K"]
+    for name in names:
+        foreign.write_folder(tmp_path / "suite" / name)
+    pairs = port.pairs(tmp_path / "suite", tmp_path / "run", to="orbax")
+    port.check_all(pairs)
+    with monkeypatch.context() as patch:
+        patch.setattr(targets, "free_bytes", lambda path: 30_000)
+        with pytest.raises(OSError, match="GB are needed"):
+            port.check_all(pairs)
+    pathlib.Path(pairs[0][1]).mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="was not ported"):
+        port.check_all(pairs)
+    (tmp_path / "suite" / names[1] / "model-00003-of-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model-00003"):
+        port.check_all(pairs[1:])
 
 
 def test_a_checkpoint_says_what_it_was_ported_from(tmp_path):

@@ -16,6 +16,7 @@ import pytest
 
 from olmoe_jax import checkpoints, config, loading
 from olmoe_jax.data import pipeline
+from olmoe_jax.porting import port
 from olmoe_jax.training import loop, metrics, runs, step
 
 FP32_SUM = 2e-5  # order of summation over a few hundred tokens
@@ -241,8 +242,13 @@ def test_a_run_starts_from_a_checkpoint_with_or_without_its_optimizer_state(tmp_
     newest = checkpoints.list_checkpoints(tmp_path / "first")[-1][1]
     params = checkpoints.read_params(newest)
     state_dir = next((tmp_path / "first" / "resume").glob("step3-*"))
+    port.port(newest, tmp_path / "hf", to="huggingface", announce=lambda line: None)
     starts = {}
-    for name, source, with_state in (("fresh", newest, False), ("carried", state_dir, True)):
+    for name, source, with_state in (
+        ("fresh", newest, False),
+        ("carried", state_dir, True),
+        ("ported", tmp_path / "hf", False),
+    ):
         fields = dict(
             num_steps=2, initial_checkpoint=str(source), initial_optimizer_state=with_state
         )
@@ -255,6 +261,7 @@ def test_a_run_starts_from_a_checkpoint_with_or_without_its_optimizer_state(tmp_
             records(tmp_path / name)[0]["train/loss"]
             == records(tmp_path / "fresh")[0]["train/loss"]
         )
+    jax.tree.map(np.testing.assert_array_equal, starts["fresh"], starts["ported"])
     same = jax.tree.map(lambda a, b: np.array_equal(a, b), starts["fresh"], starts["carried"])
     assert not all(jax.tree.leaves(same))  # Adam's moments make another first update
 
