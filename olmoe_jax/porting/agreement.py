@@ -133,27 +133,28 @@ def _error(got, want, where=None):
     return float(np.nan_to_num(difference.max(initial=0), nan=np.inf) / largest)
 
 
-def _only_finite(got, want, sides):
-    """(got, want, bool: which are finite), 0 where both are not; ValueError where only one is."""
-    finite = np.isfinite(want)
-    if (differ := finite != np.isfinite(got)).any():
-        b, position, token = np.argwhere(differ)[0]
-        raise ValueError(
-            f"{sides}, although all tensors are equal: {differ.sum():,} of {differ.size:,} are "
-            f"finite on one side only; first in sequence {b} at position {position}, token "
-            f"{token}: {got[b, position, token]:.6g} instead of {want[b, position, token]:.6g}"
-        )
-    return np.where(finite, got, 0), np.where(finite, want, 0), finite
+def _only_finite(got, want, params, sides):
+    """(got, want, bool: what can be compared, a sentence on the rest, which is set to 0 in both).
 
-
-def _not_finite(finite) -> str:
-    """What a claim adds on logits that are not finite."""
-    if finite.all():
-        return ""
-    return (
-        f"; {(~finite).sum():,} of {finite.size:,} were not compared, as they are not finite on "
-        "either side (the same ones on both)"
-    )
+    Raises:
+      ValueError: some are finite on one side only, and it is not the weights that are not. (How far
+        a NaN in one expert spreads depends on the implementation: 0 · NaN is NaN.)
+    """
+    finite = np.isfinite(got) & np.isfinite(want)
+    differ = np.isfinite(got) != np.isfinite(want)
+    side = "either side"
+    if differ.any():
+        side = "both sides, as the weights hold NaN or infinity"
+        if all(jnp.isfinite(x).all() for x in jax.tree.leaves(params)):
+            b, position, token = np.argwhere(differ)[0]
+            raise ValueError(
+                f"{sides}, although all tensors are equal: {differ.sum():,} of {differ.size:,} are "
+                f"finite on one side only; first in sequence {b} at position {position}, token "
+                f"{token}: {got[b, position, token]:.6g} instead of "
+                f"{want[b, position, token]:.6g}"
+            )
+    text = f"{(~finite).sum():,} of {finite.size:,} logits not compared: not finite on {side}"
+    return np.where(finite, got, 0), np.where(finite, want, 0), finite, text
 
 
 def _ours_with_ours(source, target):
@@ -164,7 +165,10 @@ def _ours_with_ours(source, target):
     del params
     config, params = _load_ours(target)
     sides = f"{target.path}: its logits differ from those of {source.path}"
-    got, want, finite = _only_finite(_logits(config, params, tokens)[0], want, sides)
+    got, _ = _logits(config, params, tokens)
+    got, want, finite, lacking = _only_finite(got, want, params, sides)
+    if not finite.any():
+        return (f"not checked: logits; {lacking}",)
     error = _error(got, want)
     if not error <= TOLERANCE:
         raise ValueError(
@@ -173,8 +177,8 @@ def _ours_with_ours(source, target):
         )
     return (
         f"float32 logits of both, computed by olmoe_jax, agree within {error:.1e} of the largest "
-        f"on {SEQUENCES} x {tokens.shape[1]} random tokens{_not_finite(finite)} (no Hugging Face "
-        "folder is involved, so transformers was not asked)",
+        f"on {SEQUENCES} x {tokens.shape[1]} random tokens{'' if finite.all() else '; ' + lacking} "
+        "(no Hugging Face folder is involved, so transformers was not asked)",
     )
 
 
@@ -186,7 +190,9 @@ def _ours_with_theirs(ours, theirs, rounding):
     config, params = _load_ours(ours, rounding)
     got, tied = _logits(config, params, tokens)
     sides = f"{ours.path}: float32 logits differ from those of transformers for {theirs.path}"
-    got, want, finite = _only_finite(got, want, sides)
+    got, want, finite, lacking = _only_finite(got, want, params, sides)
+    if not finite.any():
+        return (f"not checked: logits against transformers; {lacking}",)
     error, remark = _error(got, want), ""
     if not error <= TOLERANCE and 0 < tied.sum() <= tied.size // 2:
         untied = _error(got, want, ~tied)
@@ -205,16 +211,13 @@ def _ours_with_theirs(ours, theirs, rounding):
             f"its own float32 ones {its:.1e}"
         )
     rounded = "" if rounding is None else f", both with weights rounded to {rounding},"
-    compared = (
+    claim = (
         f"float32 logits of transformers {version} from {theirs.path} and of olmoe_jax from "
-        f"{ours.path}{rounded}"
+        f"{ours.path}{rounded} agree within {error:.1e} of the largest on {SEQUENCES} x "
+        f"{tokens.shape[1]} random tokens{remark}"
     )
-    on = f"on {SEQUENCES} x {tokens.shape[1]} random tokens"
-    if not finite.any():
-        return (f"not checked: {compared} {on}, as they are not finite on either side",)
-    claim = f"{compared} agree within {error:.1e} of the largest {on}{remark}{_not_finite(finite)}"
     if not finite.all():
-        return claim, "not checked: the greedy continuation, as logits are not finite"
+        return f"{claim}; {lacking}", "not checked: the greedy continuation, for the same reason"
     tolerance = max(TOLERANCE, error)
     return claim, _check_continuation(ours, theirs, config, params, prompt, continuation, tolerance)
 

@@ -21,18 +21,9 @@ __all__ = [
 ]  # fmt: skip
 
 _LAYER = re.compile(r"layers/(\d+)/")
-_TIED = (
-    "the config ties the head to the embedding, so it has no tensor of its own but a copy of the "
-    "embedding"
-)
-_PACKED = (
-    "its experts are packed; unpack them with python -c \"from transformers import "
-    "AutoModelForCausalLM as M; M.from_pretrained('{where}', dtype='auto')"
-    ".save_pretrained('{where}-unpacked')\""
-)
+_TIED = "the config ties the head to the embedding: a tensor of its own must equal that one"
 _EDGES = [{row.ours: row.theirs for row in f.rows} for f in (*FAMILIES.values(), TRAINING)]
 _HEADS = {its["lm_head"]: its["embedding"] for its in _EDGES}  # names, in every format
-_HINTS = dict.fromkeys(_HEADS, _TIED) | {"mlp.experts.gate_up_proj": _PACKED}  # by end of name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,13 +161,13 @@ def match(parts, folder_tensors, ignored, where, *, read=None, files=None):
     if not any(problems.values()):
         return
     found = "; ".join(f"{len(v)} {kind} ({_some(v)})" for kind, v in problems.items() if v)
-    hints = {h for end, h in _HINTS.items() if any(name.endswith(end) for name in unknown)}
-    found = "; ".join([found, *sorted(hint.format(where=where) for hint in hints)])
+    if any(_HEADS.get(name) in shapes for name in unknown):
+        found = f"{found}; {_TIED}"
     raise ValueError(f"{where}: the tensors are not those that its config asks for: {found}")
 
 
 def _inside(name, files):
-    """" in FILE", if that is known."""
+    """Where a tensor is, for a message, if that is known."""
     return f" in {files[name]}" if files and name in files else ""
 
 

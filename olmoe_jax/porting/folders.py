@@ -9,11 +9,13 @@ import dataclasses
 import fnmatch
 import functools
 import pathlib
+import re
+import shlex
 
 import numpy as np
 import yaml
 
-from olmoe_jax.porting import olmo_names, safetensors
+from olmoe_jax.porting import olmo_names, safetensors, tables
 
 HUGGING_FACE = "huggingface"
 OLMO = "olmo"
@@ -61,9 +63,9 @@ class Folder:
       format: "huggingface" or "olmo" (the original training code's).
       config: config.json or config.yaml, parsed.
       tensors: {name: Located} in the order of the files and of their data; the training code's
-        names are decoded.
+        names are decoded, experts that transformers 5 packed are there one by one.
       files: names of the weight files.
-      headers: {file: header verbatim} of safetensors; empty for pickled weights.
+      headers: {file: header verbatim} of safetensors; empty for pickled weights and packed experts.
       index: text of model.safetensors.index.json, or None.
       carried: names of the small files that travel with the weights (config, tokenizer, …).
     """
@@ -142,9 +144,56 @@ def open_folder(path) -> Folder:
             tensors[name], readers[name] = located, reader
     if weight_map is not None:
         _check_index(path / chosen, weight_map, tensors)
+    if kind == HUGGING_FACE and isinstance(config.get("model_type"), str):
+        family = tables.FAMILIES.get(config["model_type"])
+        unpacked, readers = _unpack(tensors, readers, family.packed if family else {}, path)
+        headers = headers if unpacked.keys() == tensors.keys() else {}
+        tensors = unpacked
     index = (path / INDEX).read_bytes().decode() if chosen == INDEX else None
     carried = tuple(sorted(n for n in names if any(fnmatch.fnmatchcase(n, p) for p in _CARRIED)))
     return Folder(path, kind, config, tensors, files, headers, index, carried, readers)
+
+
+def _unpack(tensors, readers, packed, path):
+    """The same tensors and readers, packed experts one by one: as views of what is there."""
+    patterns = {
+        re.compile(re.escape(name).replace(r"\{layer\}", r"(\d+)")): rows
+        for name, rows in packed.items()
+    }
+    found, views = {}, {}
+    for name, located in tensors.items():
+        new = {}
+        for pattern, rows in patterns.items():
+            if match := pattern.fullmatch(name):
+                new = _pieces(
+                    located, readers[name], [r.replace("{layer}", match[1]) for r in rows]
+                )
+        for piece, (its, reader) in (new or {name: (located, readers[name])}).items():
+            if piece in found:
+                raise ValueError(f"{path}: {piece!r} is there twice, once in {name}; remove one")
+            found[piece], views[piece] = its, reader
+    return found, views
+
+
+def _pieces(located, read, rows):
+    """{name: (Located, reader)} of one packed tensor; {} if it has not the shape of one."""
+    if "{expert}" not in rows[0]:
+        return {rows[0]: (located, read)}
+    if len(located.shape) != 3 or located.shape[1] % len(rows):
+        return {}
+    experts, height, width = located.shape
+    height //= len(rows)
+    piece = Located(located.file, located.dtype, (height, width))
+    return {
+        row.format(expert=expert): (piece, functools.partial(_view, read, expert, i, height))
+        for expert in range(experts)
+        for i, row in enumerate(rows)
+    }
+
+
+def _view(read, expert, i, height):
+    """The `i`-th block of `height` rows of one expert of a packed tensor."""
+    return read()[expert, i * height : (i + 1) * height]
 
 
 def _choose(path, names, kind):
@@ -262,8 +311,8 @@ def _read_pickled(path):
         if file.read(4) != b"PK\x03\x04":
             raise ValueError(
                 f"{path}: no zip archive, as torch.save writes since torch 1.6; if an older one "
-                "wrote it, save it again: python -c \"import torch; f = "
-                f"'{path}'; torch.save(torch.load(f, 'cpu', weights_only=True), f)\""
+                'wrote it, save it again: python -c "import sys, torch; f = sys.argv[1]; '
+                f"torch.save(torch.load(f, 'cpu', weights_only=True), f)\" {shlex.quote(str(path))}"
             )
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

@@ -26,7 +26,6 @@ from olmoe_jax.porting import (
     sources,
     targets,
     tokenizer_files,
-    training_format,
     translation,
     transposing,
 )
@@ -200,7 +199,7 @@ def _token_ids(source):
     """{"eos_token_id": …, "pad_token_id": …} by the source's config, else by its tokenizer."""
     for to, name in CONFIG_NAME.items():
         if name in source.files:
-            return training_format.token_ids(_parse(to, source.files[name]))
+            return configs.token_ids(_parse(to, source.files[name]))
     if source.format is None and "tokenizer.json" in source.files:  # of a model trained here
         tokenizer = tokenizer_lib.Tokenizer(source.files["tokenizer.json"])
         _, end, pad = tokenizer_files.make(tokenizer, source.config.model.max_length)

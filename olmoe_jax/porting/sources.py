@@ -131,7 +131,10 @@ class Foreign:
         self.config = config_of(model_config)
         self.parts = families.parts(self.family, model_config)
         tensors = {name: located.shape for name, located in self.folder.tensors.items()}
-        families.match(self.parts, tensors, self.family.ignored, self.path)
+        files = {name: located.file for name, located in self.folder.tensors.items()}
+        families.match(
+            self.parts, tensors, self.family.ignored, self.path, read=self.folder.read, files=files
+        )
         self._parts_of = {}
         for part in self.parts:
             self._parts_of.setdefault(part.ours, []).append(part)

@@ -46,6 +46,9 @@ class Family:
       unused: their config fields without any effect on what the model computes, besides those that
         every class has (`configs`).
       ignored: patterns of tensors that may occur and hold nothing (buffers).
+      packed: tensors of a folder that transformers 5 saved as it computes → the rows that they are:
+        [expert, out, in] with one row's outputs above the next one's; without `{expert}` it is the
+        same tensor under another name.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Family:
     fixed: typing.Mapping[str, typing.Any] = dataclasses.field(default_factory=dict)
     unused: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    packed: typing.Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 _EDGES = (
@@ -101,6 +105,13 @@ _MOE = (
     Row(_EXPERT + "up_proj.weight", "layers/{layer}/moe/w_up", True),
     Row(_EXPERT + "down_proj.weight", "layers/{layer}/moe/w_down", True),
 )
+_PACKED = {
+    "model.layers.{layer}.mlp.experts.gate_up_proj": (
+        _EXPERT + "gate_proj.weight",
+        _EXPERT + "up_proj.weight",
+    ),
+    "model.layers.{layer}.mlp.experts.down_proj": (_EXPERT + "down_proj.weight",),
+}
 _MIXTRAL = "model.layers.{layer}.block_sparse_moe."
 _MIXTRAL_MOE = (
     Row(_MIXTRAL + "gate.weight", "layers/{layer}/moe/router", True),
@@ -108,6 +119,14 @@ _MIXTRAL_MOE = (
     Row(_MIXTRAL + "experts.{expert}.w3.weight", "layers/{layer}/moe/w_up", True),
     Row(_MIXTRAL + "experts.{expert}.w2.weight", "layers/{layer}/moe/w_down", True),
 )
+_MIXTRAL_PACKED = {
+    "model.layers.{layer}.mlp.gate.weight": (_MIXTRAL + "gate.weight",),
+    "model.layers.{layer}.mlp.experts.gate_up_proj": (
+        _MIXTRAL + "experts.{expert}.w1.weight",
+        _MIXTRAL + "experts.{expert}.w3.weight",
+    ),
+    "model.layers.{layer}.mlp.experts.down_proj": (_MIXTRAL + "experts.{expert}.w2.weight",),
+}
 
 # Config fields of transformers' classes → ModelConfig's.
 _OURS = {
@@ -168,6 +187,7 @@ FAMILIES = {
             norm_topk_prob=False,
         ),
         constants=_constants(qk_norm=True),
+        packed=_PACKED,
         fixed={"head_dim": None},  # the class builds q_norm hidden_size wide whatever it says
     ),
     "mixtral": _hugging_face(
@@ -181,6 +201,7 @@ FAMILIES = {
         ),
         constants=_constants(normalize_expert_weights=True),
         unused=("router_jitter_noise",),
+        packed=_MIXTRAL_PACKED,
     ),
     "llama": _hugging_face(
         "llama", "LlamaForCausalLM",
@@ -224,6 +245,7 @@ FAMILIES = {
             norm_topk_prob=False, rope_theta=5e5,
         ),
         constants=_constants(norm_position="post", qk_norm=True),
+        packed=_PACKED,
     ),
     "qwen3_moe": _hugging_face(
         "qwen3_moe", "Qwen3MoeForCausalLM",
@@ -235,6 +257,7 @@ FAMILIES = {
             num_experts_per_tok=8, norm_topk_prob=False,
         ),
         constants=_constants(qk_norm=True, qk_norm_per_head=True),
+        packed=_PACKED,
         fixed={"decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False},
         # of dense layers, and of a window that is off
         unused=("intermediate_size", "sliding_window", "max_window_layers"),

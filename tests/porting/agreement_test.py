@@ -125,10 +125,107 @@ def test_what_makes_the_logits_agree_is_named(change, cause, sides, monkeypatch)
         )  # fmt: skip
     with pytest.raises(ValueError, match="run.*: float32 logits differ") as error:
         agreement.check(*sides, tiny.quiet)
-    assert f"likely cause: they agree with {cause}" in str(error.value) or (
-        cause.startswith("none") and f"likely cause: {cause}" in str(error.value)
-    )
-    assert "first in sequence 0 at position " in str(error.value)
+    message = str(error.value).replace(str(sides[0].path), "run").replace(str(sides[1].path), "hf")
+    begin = message[:600]  # as much as a command shows
+    assert "although all tensors are equal" in begin and "first in sequence 0 at position " in begin
+    if cause.startswith("none"):
+        assert "likely cause: none of the " in begin and "; tried: rope_theta=10000" in message
+    else:
+        assert f"likely cause: they agree with {cause}; do not use the port before" in begin
+    assert "from float64: " in message
+
+
+def _with_logits(monkeypatch, theirs, change, exact=None):
+    """Replaces what transformers says."""
+    logits, *rest = theirs
+    logits = np.array(logits)
+    change(logits)
+    monkeypatch.setattr(agreement, "_their_results", lambda *_: (logits, *rest))
+    if exact is not None:
+        monkeypatch.setattr(agreement, "_their_exact_logits", lambda *_: exact)
+
+
+def test_noise_of_float32_is_told_from_a_wrong_model_by_float64(sides, theirs, monkeypatch):
+    exact, noise = theirs[0].astype(np.float64), 1e-4 * np.abs(theirs[0]).max()
+    ours, _ = agreement._logits(*agreement._load_ours(sides[0]), agreement._tokens(tiny.MODEL))
+    monkeypatch.setattr(agreement, "_cause", lambda *_: ("a", "b"))
+
+    def add(logits):
+        logits[1, 3, 5] += noise
+
+    for factor, fits in ((3, True), (5, False)):  # our distance, in units of theirs
+        truth = ours.astype(np.float64)
+        truth[0, 2, 7] += factor * noise
+        exact = truth.copy()
+        _with_logits(monkeypatch, (truth, *theirs[1:]), add, exact)
+        if fits:
+            claim, _ = agreement.check(*sides, tiny.quiet)
+            assert "in float64 ours are 3.0e-04 away and its own float32 ones 1.0e-04" in claim
+            continue
+        with pytest.raises(ValueError, match=r"float32 logits differ .*5.0e-04 .*float32: 1.0e-04"):
+            agreement.check(*sides, tiny.quiet)
+
+
+def test_float64_is_float64_throughout(made, theirs, monkeypatch):
+    torch = pytest.importorskip("torch", reason="needs torch")
+    rsqrt, seen = torch.rsqrt, set()  # of the norms, which ask for float32 by name
+
+    def record(x):
+        seen.add(x.dtype)
+        return rsqrt(x)
+
+    monkeypatch.setattr(torch, "rsqrt", record)
+    exact = agreement._their_exact_logits(made / "hf", agreement._tokens(tiny.MODEL), None)
+    assert exact.dtype == np.float64 and seen == {torch.float64}
+    assert 0 < agreement._error(theirs[0], exact) < 2e-6
+
+
+def test_logits_that_are_not_finite_are_not_compared(sides, theirs, monkeypatch):
+    load = agreement._load_ours
+
+    def change(logits):
+        logits[1, 3:] = np.nan
+
+    _with_logits(monkeypatch, theirs, change)
+    with pytest.raises(ValueError, match="624 of 1,392 are finite on one side only; first in .* 3"):
+        agreement.check(*sides, tiny.quiet)
+    real = agreement._logits
+
+    def logits(*arguments):
+        out, tied = real(*arguments)
+        change(out := np.array(out))
+        return out, tied
+
+    monkeypatch.setattr(agreement, "_logits", logits)
+    claim, continuation = agreement.check(*sides, tiny.quiet)
+    assert claim.endswith("; 624 of 1,392 logits not compared: not finite on either side")
+    assert "agree within" in claim and continuation.startswith("not checked: the greedy")
+    monkeypatch.setattr(agreement, "_logits", real)
+
+    def with_nan(side, rounding=None):
+        model_config, params = load(side, rounding)
+        return model_config, dict(params, lm_head=params["lm_head"].at[3, 0].set(np.nan))
+
+    monkeypatch.setattr(agreement, "_load_ours", with_nan)  # how far it spreads is not the weights'
+    claim, _ = agreement.check(*sides, tiny.quiet)
+    assert "not finite on both sides, as the weights hold NaN or infinity" in claim
+    (claim,) = agreement.check(sides[0], sides[0], tiny.quiet)
+    assert claim.count("58 of 1,392 logits not compared: not finite on either side") == 1
+
+
+@pytest.mark.slow
+def test_a_deep_model_with_large_weights_is_not_refused_for_its_noise(tmp_path):
+    torch, transformers = peers.libraries()
+    torch.manual_seed(0)
+    model_config = transformers.OlmoeConfig(
+        vocab_size=997, hidden_size=384, intermediate_size=256, num_experts=8,
+        num_experts_per_tok=2, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8,
+        max_position_embeddings=64, initializer_range=0.3, pad_token_id=None,
+    )  # fmt: skip
+    transformers.OlmoeForCausalLM(model_config).save_pretrained(tmp_path / "given")
+    port.port(tmp_path / "given", tmp_path / "orbax", to="orbax", announce=tiny.quiet)
+    *_, claim, _ = verification.verify(tmp_path / "given", tmp_path / "orbax", announce=tiny.quiet)
+    assert "order of summation, as from transformers in float64 ours are" in claim
 
 
 def test_ties_of_the_continuation_are_tolerated_and_said(made):

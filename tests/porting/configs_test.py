@@ -91,7 +91,7 @@ REFUSED = {
     "architectures": (["OlmoeForSequenceClassification"], "only"),
     "quantization_config": ({"bits": 4}, "unknown"),
     "sliding_window": (5, "only None"),
-    "head_dim": (64, "only None"),
+    "head_dim": (64, "only 128"),
     "pruned_heads": ({"0": [1]}, "only"),
 }
 
@@ -116,12 +116,31 @@ def test_all_refused_fields_are_listed():
         dict(rope_theta=5e5),
         dict(rope_parameters={"rope_type": "default", "rope_theta": 5e5}, rope_theta=None),
         dict(rope_scaling={"type": "default", "rope_theta": 5e5}, rope_theta=None),
+        dict(rope_parameters={"rope_theta": 5e5}, rope_theta="null"),
         dict(rope_parameters={"rope_theta": 5e5, "partial_rotary_factor": 1.0}, rope_theta=5e5),
     ],
 )
 def test_rope_theta_is_found_in_every_spelling(change):
     values = {k: v for k, v in (RELEASED | change).items() if v is not None or k != "rope_theta"}
+    if values.get("rope_theta") == "null":
+        values["rope_theta"] = None  # there, but not set
     assert configs.read(values, "x")[1] == dataclasses.replace(OLMOE, rope_theta=5e5)
+
+
+HARMLESS = {
+    "novelty": None,
+    "quantization_config": None,
+    "layer_types": None,
+    "initializer_range": None,
+    "head_dim": 128,
+    "hidden_act": None,
+    "sliding_window": None,
+}
+
+
+@pytest.mark.parametrize("field", HARMLESS)
+def test_a_field_that_says_nothing_new_is_accepted(field):
+    assert configs.read(RELEASED | {field: HARMLESS[field]}, "x")[1] == OLMOE
 
 
 def test_two_spellings_that_disagree_are_refused():
@@ -141,10 +160,14 @@ def test_two_spellings_that_disagree_are_refused():
         ("norm_topk_prob", 1, "bool"),
         ("tie_word_embeddings", None, "bool"),
         ("clip_qkv", "8", "float or null"),
+        ("rope_theta", None, "float"),
+        ("model_type", ["olmoe"], "a name"),
+        ("model_type", {"olmoe": 1}, "a name"),
+        ("model_type", None, "a name"),
     ],
 )
 def test_a_field_of_another_type_is_refused(field, value, expected):
-    with pytest.raises(ValueError, match=f"{field} is {value!r}: expected {expected}"):
+    with pytest.raises(ValueError, match=re.escape(f"{field} is {value!r}: expected {expected}")):
         configs.read(RELEASED | {field: value}, "DIR")
 
 
@@ -280,6 +303,17 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_named(known_tokenizer):
     assert "llama.cpp" in line
     (line,) = configs.reader_warnings(olmoe, small(), None)
     assert "tokenizer" in line
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "{", "{}", '{"model": null}', '{"model": {"merges": [[1, 2]]}}', "[" * 10**5, "\xff"]
+    + ['{"model": {"merges": [3]}}', '{"model": {"merges": 3}}', '{"model": []}'],
+)
+def test_a_broken_tokenizer_is_a_warning(text):
+    olmoe = families.FAMILIES["olmoe"]
+    (line,) = configs.reader_warnings(olmoe, small(), text.encode("latin-1"))
+    assert "tokenizer.json could not be read" in line and "\n" not in line
 
 
 def test_the_fingerprint_does_not_depend_on_the_spelling_of_merges(known_tokenizer):

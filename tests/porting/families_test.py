@@ -240,9 +240,53 @@ def test_match_refuses_a_head_beside_tied_embeddings(olmoe):
         families.match(tied, shapes, (), "DIR")
 
 
-def test_match_says_how_to_unpack_experts(olmoe):
+HEADS = {
+    "olmoe": ("lm_head.weight", "model.embed_tokens.weight"),
+    "olmo_training": ("transformer.ff_out.weight", "transformer.wte.weight"),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_match_accepts_a_head_with_the_bits_of_a_tied_embedding(name):
+    family = (families.FAMILIES | {families.TRAINING.name: families.TRAINING})[name]
+    head, embedding = HEADS[name]
+    tied = families.parts(family, tiny(tie_embeddings=True))
+    shapes = families.tensor_shapes(tied)
+    weights = np.random.default_rng(0).standard_normal(shapes[embedding], np.float32)
+    weights[3, 1] = np.nan
+    other = weights.copy()
+    other[10, 11] = np.nextafter(other[10, 11], np.float32(9))
+    found = {embedding: weights, head: weights.copy()}
+
+    def match(**change):
+        shapes_found = shapes | {head: change.get(head, weights).shape}
+        families.match(tied, shapes_found, (), "DIR", read=(found | change).__getitem__)
+
+    match()
+    for wrong in (other, weights[:-1], weights.view(np.int32)):
+        with pytest.raises(ValueError, match=rf"1 unknown .{head}.; .*ties the head"):
+            match(**{head: wrong})
+    with pytest.raises(ValueError, match="1 missing"):  # nothing to compare with
+        rest = {n: s for n, s in shapes.items() if n != embedding} | {head: weights.shape}
+        families.match(tied, rest, (), "DIR", read={}.__getitem__)
+    with pytest.raises(ValueError, match="1 unknown .model.other"):
+        families.match(tied, shapes | {"model.other": (11, 12)}, (), "DIR", read={}.__getitem__)
+
+
+def test_match_names_the_files(olmoe):
     parts, shapes = olmoe
-    packed = {n: shape for n, shape in shapes.items() if ".experts." not in n}
-    packed |= {f"model.layers.{i}.mlp.experts.gate_up_proj": (5, 14, 12) for i in range(2)}
-    with pytest.raises(ValueError, match="30 missing .*2 unknown .*save_original_format=True"):
-        families.match(parts, packed, (), "DIR")
+    broken = shapes | {"model.norm.bias": (12,), "model.layers.1.mlp.gate.weight": (12, 5)}
+    files = {"model.norm.bias": "a.safetensors", "model.layers.1.mlp.gate.weight": "b.safetensors"}
+    with pytest.raises(ValueError) as error:
+        families.match(parts, broken, (), "DIR", files=files)
+    assert "1 unknown (model.norm.bias in a.safetensors)" in str(error.value)
+    assert "gate.weight [12, 5], expected [5, 12] in b.safetensors)" in str(error.value)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_packed_tensors_make_up_the_experts(name):
+    family = families.FAMILIES[name]
+    rows = [row for row in family.rows if "{expert}" in row.theirs]
+    found = [row for its in family.packed.values() for row in its]
+    assert [row.theirs for row in rows] == [row for row in found if "{expert}" in row]
+    assert set(found) <= {row.theirs for row in family.rows}

@@ -2,7 +2,9 @@ import base64
 import json
 import os
 import pickle
+import shlex
 import sys
+import unittest.mock
 
 import ml_dtypes  # noqa: F401  names its dtypes
 import numpy as np
@@ -117,9 +119,11 @@ def test_small_files_travel_and_others_do_not(tmp_path):
     _write(_config(tmp_path / "a") / "model.safetensors", _tensors())
     carried = (
         "added_tokens.json chat_template.jinja generation_config.json merges.txt "
-        "special_tokens_map.json tokenizer.json tokenizer.model tokenizer_config.json vocab.json"
+        "special_tokens_map.json tokenizer.json tokenizer.model tokenizer_config.json vocab.json "
+        "chat_template.json qwen.tiktoken sentencepiece.bpe.model spiece.model spm.model "
+        "tekken.json tokenizer.model.v3 vocab.txt"
     ).split()
-    for name in (*carried, "README.md", "modeling.py", "training_args.bin", "model.json"):
+    for name in (*carried, "README.md", "modeling.py", "training_args.bin", "model.json", "vocab"):
         (tmp_path / "a" / name).write_text(name)
     (tmp_path / "a" / "x.jinja").mkdir()
     folder = folders.open_folder(tmp_path / "a")
@@ -253,13 +257,90 @@ def test_a_path_that_is_no_folder_is_none(tmp_path):
         assert folders.is_folder(path) is None
     (tmp_path / "config.json").write_text('{"config": {}}')
     assert folders.is_folder(tmp_path) is None
-    (tmp_path / "config.json").write_text("{")
-    assert folders.is_folder(tmp_path) is None
+    (tmp_path / "b" / "config.json").write_text("{")  # broken, and no weights that it could be of
+    assert folders.is_folder(tmp_path / "b") is None
+    (tmp_path / "b" / "config.json").unlink()
     for path in (tmp_path / "typo", tmp_path / "model.safetensors"):
         with pytest.raises(FileNotFoundError, match=f"{path.name}: no such directory"):
             folders.open_folder(path)
     with pytest.raises(FileNotFoundError, match="b: no weights; expected one of model.safetensors"):
         folders.open_folder(tmp_path / "b")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "a", "model_type": "b"}', "\xff"])
+def test_a_broken_config_beside_weights_is_left_to_open_folder(text, tmp_path):
+    _write(_config(tmp_path / "a") / "model.safetensors", _tensors())
+    (tmp_path / "a" / "config.json").write_bytes(text.encode("latin-1"))
+    assert folders.is_folder(tmp_path / "a") == "huggingface"
+    with pytest.raises(ValueError, match="a/config.json: "):
+        folders.open_folder(tmp_path / "a")
+
+
+def _packed(up=12):
+    """Packed experts and others; experts 3, f 6, d 5."""
+    name = "model.layers.11.mlp.experts."
+    packed = {
+        name + "gate_up_proj": _random("bfloat16", (3, up, 5)),
+        name + "down_proj": _random("bfloat16", (3, 5, 6)),
+    }
+    return packed | _tensors(), name
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_packed_experts_are_there_one_by_one(shards, tmp_path):
+    (tensors, name), path = _packed(), _config(tmp_path / "a")
+    if shards:
+        files = {n: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, n in enumerate(tensors)}
+        for file in sorted(set(files.values())):
+            _write(path / file, {n: a for n, a in tensors.items() if files[n] == file})
+        (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    else:
+        _write(path / "model.safetensors", tensors)
+    both, down = tensors.pop(name + "gate_up_proj"), tensors.pop(name + "down_proj")
+    for e in range(3):
+        tensors[f"{name}{e}.gate_proj.weight"] = both[e, :6]
+        tensors[f"{name}{e}.up_proj.weight"] = both[e, 6:]
+        tensors[f"{name}{e}.down_proj.weight"] = down[e]
+    folder = folders.open_folder(path)
+    _check(folder, tensors)
+    assert folder.headers == {}  # there is no way back to the packed files
+
+
+def test_packed_experts_that_are_not_understood_stay(tmp_path):
+    tensors, name = _packed(up=13)
+    _write(_config(tmp_path / "a") / "model.safetensors", tensors)
+    found = folders.open_folder(tmp_path / "a").tensors
+    assert name + "gate_up_proj" in found and name + "2.down_proj.weight" in found
+    (tmp_path / "a" / "config.json").write_text('{"model_type": "llama"}')
+    _check(folders.open_folder(tmp_path / "a"), tensors)
+    (tmp_path / "a" / "config.json").write_text('{"model_type": ["olmoe"]}')
+    _check(folders.open_folder(tmp_path / "a"), tensors)
+
+
+def test_experts_both_packed_and_not_are_refused(tmp_path):
+    tensors, name = _packed()
+    tensors[name + "1.up_proj.weight"] = tensors[name + "gate_up_proj"][1, 6:]
+    _write(_config(tmp_path / "a") / "model.safetensors", tensors)
+    with pytest.raises(ValueError, match=f"a: '{name}1.up_proj.weight' is there twice"):
+        folders.open_folder(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["Olmoe", "FlexOlmo", "Qwen3Moe", "Mixtral"])
+def test_transformers_packs_experts_in_this_order(name, tmp_path):
+    pytest.importorskip("torch", reason=TORCH)
+    transformers = pytest.importorskip("transformers", "5", reason="needs transformers 5")
+    config = getattr(transformers, name + "Config")(
+        vocab_size=19, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=4,
+        num_key_value_heads=1, num_local_experts=3, num_experts=3, num_experts_per_tok=2,
+        eos_token_id=1, pad_token_id=0,
+        **{"moe_intermediate_size" if name[0] == "Q" else "intermediate_size": 6},
+    )  # fmt: skip
+    model = getattr(transformers, name + "ForCausalLM")(config)
+    model.save_pretrained(tmp_path / "a")
+    model.save_pretrained(tmp_path / "b", save_original_format=False)
+    one_by_one, packed = (folders.open_folder(tmp_path / n) for n in "ab")
+    assert one_by_one.headers and not packed.headers
+    _check(packed, {n: one_by_one.read(n) for n in one_by_one.tensors})
 
 
 def _to_torch(array):
@@ -331,12 +412,24 @@ def test_hostile_pickles_run_nothing(file, tmp_path):
     with pytest.raises(ValueError, match=f"{file}: torch does not read it as weights") as caught:
         folders.open_folder(path)
     (path / file).write_bytes(pickle.dumps(hostile))
-    with pytest.raises(ValueError, match=f"{file}: torch does not read it as weights"):
+    with pytest.raises(ValueError, match=f"{file}: no zip archive"):
         folders.open_folder(path)
     assert "\n" not in str(caught.value)
     assert not os.path.exists(trace)
     pickle.loads(pickle.dumps(hostile))  # it would have left a trace
     assert os.path.exists(trace)
+
+
+def test_pickles_of_an_old_torch_come_with_the_line_that_renews_them(tmp_path):
+    torch = pytest.importorskip("torch", reason=TORCH)
+    file, array = _config(tmp_path / "it's a") / "pytorch_model.bin", _random("float32", (5, 3))
+    torch.save({"a": _to_torch(array)}, file, _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="pytorch_model.bin: no zip archive") as error:
+        folders.open_folder(file.parent)
+    _, program, *words = shlex.split(str(error.value).partition("save it again: python ")[2])
+    with unittest.mock.patch.object(sys, "argv", ["-c", *words]):
+        exec(program, {})
+    _check(folders.open_folder(file.parent), {"a": array})
 
 
 def test_pickles_of_something_else_are_refused(tmp_path):

@@ -81,6 +81,16 @@ def test_what_is_written_is_read_as_the_same_model(name):
     assert type(written["model"]["rope_theta"]) is int
 
 
+@pytest.mark.parametrize("section", [lambda v: v, lambda v: {"model": v, "eos_token_id": 7}])
+def test_token_ids_are_found_in_both_configs(section):
+    ids = {"eos_token_id": 50279, "pad_token_id": 1}
+    assert training_format.token_ids(section(ids | {"vocab_size": 3})) == ids
+    several = {"eos_token_id": [5, 2], "pad_token_id": None}
+    assert training_format.token_ids(section(several)) == {"eos_token_id": 5}
+    for nothing in ({}, {"eos_token_id": []}, {"eos_token_id": True}, {"pad_token_id": "1"}):
+        assert training_format.token_ids(section(nothing)) == {}
+
+
 def change(**values):
     return {"model": OLMOE["model"] | values}
 

@@ -72,8 +72,9 @@ def verify(folder, source, target):
 
 def test_a_sound_port_is_told_claim_by_claim(made, no_logits):
     for source, target, count in (("run", "hf", 27), ("hf", "orbax", 51), ("run", "olmo", 27)):
-        hashes, architecture, tensors = verify(made, source, target)
-        assert "have the hashes noted when they were written" in hashes
+        its, hashes, architecture, tensors = verify(made, source, target)
+        assert its.startswith(f"all bytes of the input {made / source}")
+        assert f"all bytes of {made / target} have the hashes noted when they were" in hashes
         assert "describe the same architecture" in architecture
         assert tensors == (
             f"each of the {count} float32 tensors of the input equals its counterpart in the "
@@ -196,6 +197,9 @@ def tensor_of_olmo(folder, name):
 
 def test_an_input_that_changed_is_seen_from_an_orbax_output_too(ported, no_logits):
     flip(tensor(ported / "hf", QUERY))
+    with pytest.raises(checkpoints.DamagedError, match=f"hf: 1 tensors .* damaged .{QUERY}"):
+        verify(ported, "hf", "orbax")
+    shutil.rmtree(ported / "hf" / "manifest")  # as a folder from elsewhere
     with pytest.raises(
         ValueError,
         match=r"orbax: layers/01/attention/query \(layer 1\) is not what .*hf has; .* one flipped",
@@ -207,6 +211,7 @@ def test_bytes_that_are_not_those_written_are_damage(ported, no_logits):
     flip(tensor(ported / "hf", QUERY))
     with pytest.raises(checkpoints.DamagedError, match=f"1 tensors or files damaged .{QUERY}"):
         verify(ported, "run", "hf")
+    flip(tensor(ported / "hf", QUERY))  # and back
     array = ported / "orbax" / "params" / "layers.01.moe.w_gate"
     file = max(array.iterdir(), key=lambda p: p.stat().st_size)
     data = bytearray(file.read_bytes())
@@ -214,6 +219,21 @@ def test_bytes_that_are_not_those_written_are_damage(ported, no_logits):
     file.write_bytes(bytes(data))
     with pytest.raises(checkpoints.DamagedError, match="arrays damaged"):
         verify(ported, "hf", "orbax")
+
+
+@pytest.mark.parametrize("side", ["hf", "orbax"])
+def test_a_damaged_record_is_named_on_either_side(side, ported, no_logits):
+    file = ported / side / "manifest" / "process_0.json"
+    file.write_text(file.read_text()[:-200])
+    for source, target in (("hf", "orbax"), ("run", side)):
+        with pytest.raises(checkpoints.DamagedError, match="manifest/process_0.json is damaged"):
+            verify(ported, source, target)
+
+
+def test_an_input_without_a_record_is_no_failure(ported, no_logits):
+    shutil.rmtree(ported / "hf" / "manifest")
+    claims = verify(ported, "hf", "orbax")
+    assert len(claims) == 3 and claims[0].startswith(f"all bytes of {ported / 'orbax'} have")
 
 
 def test_a_config_of_another_model_is_named(ported, no_logits):
@@ -232,16 +252,17 @@ def test_a_config_of_another_model_is_named(ported, no_logits):
 
 def test_casts_are_checked_and_named_and_nan_stays(ported, no_logits):
     tensor(ported / "hf", QUERY)[2, 3] = np.nan
+    hash_again(ported / "hf")
     port.port(ported / "hf", ported / "short", to="orbax", dtype="bfloat16", announce=tiny.quiet)
     claims = verify(ported, "hf", "short")
-    assert claims[2] == (
+    assert claims[3] == (
         "each of the 51 float32 tensors of the input cast to bfloat16 (rounded to nearest even) "
         "equals its counterpart in the output"
     )
     port.port(
         ported / "short", ported / "long", to="huggingface", dtype="float32", announce=tiny.quiet
     )
-    assert "cast to float32 (exact)" in verify(ported, "short", "long")[2]
+    assert "cast to float32 (exact)" in verify(ported, "short", "long")[3]
     tensor(ported / "long", KEY)[0, 1] *= 1.001
     hash_again(ported / "long")
     with pytest.raises(
