@@ -18,6 +18,7 @@ from olmoe_jax.checkpoints import manifest, naming
 
 JOURNAL = "journal.jsonl"
 SYNCED_AT_ONCE = 8  # files
+HASHED_AT_ONCE = 2  # pieces, when an interrupted run goes on
 
 
 class Partial:
@@ -32,7 +33,7 @@ class Partial:
     Attributes:
       path: pathlib.Path of the complete directory.
       folder: pathlib.Path of the directory to write to.
-      done: {(name, start): manifest.Piece} that the journal lists; to hash again is the caller's.
+      done: {(name, start): manifest.Piece} that the journal lists; `sound` hashes them again.
 
     Raises:
       FileExistsError: `path` exists.
@@ -73,6 +74,24 @@ class Partial:
         with self._lock:
             self._append(piece)
             self.done[name, tuple(start)] = manifest.Piece(tuple(start), tuple(shape), sha256)
+
+    def sound(self, read) -> dict:
+        """Those of `done` whose bytes on the disk have their hash.
+
+        Args:
+          read: function of (name, manifest.Piece) that returns the piece's array as it is now, or
+            None where it cannot be read; called from several threads.
+        """
+
+        def is_sound(item):
+            (name, _), piece = item
+            data = read(name, piece)
+            return data is not None and manifest.digest(data) == piece.sha256
+
+        with concurrent.futures.ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+            sound = list(pool.map(is_sound, self.done.items()))
+        pairs = zip(self.done.items(), sound, strict=True)
+        return {key: piece for (key, piece), good in pairs if good}
 
     def commit(self):
         """Brings every file to the disk and renames the directory to `path`.

@@ -10,7 +10,6 @@ indices (experts, rows of the vocabulary): what is in memory at a time, what has
 an interrupted run need not write again.
 """
 
-import concurrent.futures
 import dataclasses
 import errno
 import hashlib
@@ -30,7 +29,6 @@ from olmoe_jax.checkpoints import layout, manifest, naming, partial, quiet, read
 
 CHUNK = 16 << 20  # bytes of a chunk at most; restoring onto a mesh reads whole chunks
 SLAB = 64 << 20  # bytes of a slab at most, unless one index is more
-HASHED_AT_ONCE = 2  # slabs, when an interrupted run goes on
 
 
 def slabs(shape: tuple, dtype) -> list[tuple[int, int]]:
@@ -106,7 +104,8 @@ class StreamedWriter:
         parts = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         self._partial = partial.Partial(path, {**job, "parts": parts})
         try:
-            self._done = self._sound_pieces()
+            sound = self._partial.sound(self._read_piece)
+            self._done = {(name, start[0]): piece for (name, start), piece in sound.items()}
             self._remove_useless()
         except BaseException:
             self._partial.close()
@@ -205,21 +204,13 @@ class StreamedWriter:
                 ).result()
             return self._stores[name]
 
-    def _sound_pieces(self) -> dict:
-        """{(name, start): Piece} of the journal whose bytes on the disk have their hash."""
-
-        def is_sound(name, piece):
-            rows = slice(piece.start[0], piece.start[0] + piece.shape[0])
-            try:
-                data = self._store(name)[rows].read().result()
-            except Exception:  # whatever TensorStore makes of damaged files
-                return False
-            return manifest.digest(data) == piece.sha256
-
-        done = {(name, start[0]): piece for (name, start), piece in self._partial.done.items()}
-        with concurrent.futures.ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
-            sound = pool.map(is_sound, [name for name, _ in done], done.values())
-            return {key: done[key] for key, good in zip(done, sound, strict=True) if good}
+    def _read_piece(self, name, piece):
+        """A piece as it is on the disk; None where it cannot be read."""
+        rows = slice(piece.start[0], piece.start[0] + piece.shape[0])
+        try:
+            return self._store(name)[rows].read().result()
+        except Exception:  # whatever TensorStore makes of damaged files
+            return None
 
     def _remove_useless(self):
         """Removes arrays without a sound piece: not even their description can be relied on."""

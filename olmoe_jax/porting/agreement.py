@@ -14,7 +14,7 @@ import numpy as np
 
 from olmoe_jax import generation, loading
 from olmoe_jax.model import transformer
-from olmoe_jax.porting import causes, sources, transposing
+from olmoe_jax.porting import causes, folders, sources, transposing
 
 TOLERANCE = 2e-5  # of the largest logit: order of summation in float32
 NOISIER = 4  # times transformers' own distance from float64, up to which ours is order of summation
@@ -44,7 +44,7 @@ def check(source, target, announce) -> tuple[str, ...]:
 
 
 def _is_hugging_face(side):
-    return isinstance(side, sources.Foreign) and side.format == "huggingface"
+    return isinstance(side, sources.Foreign) and side.format == folders.HUGGING_FACE
 
 
 def _too_large(side) -> str | None:

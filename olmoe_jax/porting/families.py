@@ -17,7 +17,7 @@ from olmoe_jax.porting.tables import FAMILIES, TRAINING, UNSUPPORTED, Family, Ro
 
 __all__ = [
     "FAMILIES", "TRAINING", "UNSUPPORTED", "Family", "Part", "Row",
-    "match", "parts", "tensor_shapes",
+    "by_array", "match", "parts", "tensor_shapes",
 ]  # fmt: skip
 
 _LAYER = re.compile(r"layers/(\d+)/")
@@ -114,6 +114,14 @@ def _check(family, found, shapes):
         if len({part.shape[1:] for part in its}) > 1 or len(layers) > 1:
             names = " and ".join(dict.fromkeys(part.ours for part in its))
             raise ValueError(f"{where} puts {names} into one tensor {theirs}: they do not fit")
+
+
+def by_array(parts) -> dict[str, list[Part]]:
+    """{stored name: its parts}, in the order of the parts."""
+    found = {}
+    for part in parts:
+        found.setdefault(part.ours, []).append(part)
+    return found
 
 
 def tensor_shapes(parts) -> dict[str, tuple[int, ...]]:

@@ -23,6 +23,7 @@ from olmoe_jax.porting import (
     configs,
     families,
     folders,
+    safetensors,
     sources,
     targets,
     tokenizer_files,
@@ -30,7 +31,7 @@ from olmoe_jax.porting import (
     transposing,
 )
 
-ORBAX, HUGGING_FACE, OLMO = "orbax", "huggingface", "olmo"
+ORBAX, HUGGING_FACE, OLMO = sources.ORBAX, folders.HUGGING_FACE, folders.OLMO
 TO = (ORBAX, HUGGING_FACE, OLMO)
 WORKERS = 2  # threads; each holds one slab (about 64 MB) before and after its transposition
 CONFIG_NAME = {HUGGING_FACE: "config.json", OLMO: "config.yaml"}
@@ -86,7 +87,7 @@ def port(input, output, *, to, dtype=None, strict=False, announce=print) -> Resu
         raise ValueError(f"{output}: lies in the input {source.path}; name another --output")
     leaves = {n: (shape, dtype or own) for n, (shape, own) in source.leaves.items()}
     foreign = None if to == ORBAX else _describe(source, to, dtype, leaves)
-    total = sum(_num_bytes(*leaf) for leaf in leaves.values())
+    total = sum(safetensors.num_bytes(kind, shape) for shape, kind in leaves.values())
     _check_disk(output, total)
     warnings = list(foreign.warnings) if foreign else []
     casts = _casts(source.leaves, dtype)
@@ -202,9 +203,7 @@ def _token_ids(source):
             return configs.token_ids(_parse(to, source.files[name]))
     if source.format is None and "tokenizer.json" in source.files:  # of a model trained here
         tokenizer = tokenizer_lib.Tokenizer(source.files["tokenizer.json"])
-        _, end, pad = tokenizer_files.make(tokenizer, source.config.model.max_length)
-        ids = {"eos_token_id": end, "pad_token_id": pad}
-        return {name: value for name, value in ids.items() if value is not None}
+        return tokenizer_files.token_ids(tokenizer)
     return {}
 
 
@@ -213,7 +212,8 @@ def _stream(source, target, leaves, total):
     pending, lock = target.pending(), threading.Lock()
     phases, nan, written = collections.Counter(), set(), 0
     sizes = {
-        name: _num_bytes(shape, kind) // max(shape[0], 1) for name, (shape, kind) in leaves.items()
+        name: safetensors.num_bytes(kind, shape) // max(shape[0], 1)
+        for name, (shape, kind) in leaves.items()
     }
     work = sum((stop - start) * sizes[name] for name, start, stop in pending)
 
@@ -277,8 +277,7 @@ def _refuse_nan(source):
 def _in_source(source, name):
     """How the source calls what holds NaN: its tensor and file, or our array."""
     for part in source.parts if source.folder else ():
-        rows = slice(part.start, part.start + part.shape[0])
-        if part.ours == name and _has_nan(source.folder.read(part.theirs)[rows]):
+        if part.ours == name and _has_nan(source.read_part(part)):
             return f"{part.theirs} in {source.folder.tensors[part.theirs].file}"
     return name
 
@@ -321,10 +320,6 @@ def _dump(to, config):
     return text.encode()
 
 
-def _num_bytes(shape, dtype):
-    return int(np.prod(shape)) * jnp.dtype(dtype).itemsize
-
-
 def pairs(input, output, *, to) -> list[tuple[str, str]]:
     """[(input, output)] of single ports: one, or one for each revision in the folder `input`.
 
@@ -351,7 +346,7 @@ def check_all(pairs, *, dtype=None):
     for source, target in pairs:
         leaves = sources.open_source(source).leaves.values()
         if not os.path.exists(target):
-            total += sum(_num_bytes(shape, dtype or own) for shape, own in leaves)
+            total += sum(safetensors.num_bytes(dtype or own, shape) for shape, own in leaves)
         elif not os.path.exists(os.path.join(target, manifest.FOLDER)):
             raise FileExistsError(f"{target}: is there but was not ported; delete it")
     if pairs:

@@ -126,7 +126,7 @@ class Foreign:
     def __init__(self, path):
         self.folder = folders.open_folder(path)
         self.path, self.format = self.folder.path, self.folder.format
-        read = configs.read if self.format == "huggingface" else configs.read_training
+        read = configs.read if self.format == folders.HUGGING_FACE else configs.read_training
         self.family, model_config = read(self.folder.config, self.path)
         self.config = config_of(model_config)
         self.parts = families.parts(self.family, model_config)
@@ -135,9 +135,7 @@ class Foreign:
         families.match(
             self.parts, tensors, self.family.ignored, self.path, read=self.folder.read, files=files
         )
-        self._parts_of = {}
-        for part in self.parts:
-            self._parts_of.setdefault(part.ours, []).append(part)
+        self._parts_of = families.by_array(self.parts)
         self.leaves = self._find_leaves(model_config)
         self.files = {n: (self.folder.path / n).read_bytes() for n in self.folder.carried}
         self.plan = self._make_plan()
@@ -147,6 +145,10 @@ class Foreign:
         names = (*self.folder.files, *self.folder.carried)
         return [_state(self.folder.path / name) for name in names]
 
+    def read_part(self, part) -> np.ndarray:
+        """The rows of a tensor that are `part`, mapped and in their orientation."""
+        return self.folder.read(part.theirs)[part.start : part.start + part.shape[0]]
+
     def read(self, name, window=()) -> np.ndarray:
         """One window (a tuple of slices, missing ones are whole) of a stored array, as stored."""
         shape, dtype = self.leaves[name]
@@ -154,7 +156,7 @@ class Foreign:
         out = np.empty([stop - start for start, stop in window], jnp.dtype(dtype))
         first = window[0][0]
         for part in self._parts_of[name]:
-            rows = self.folder.read(part.theirs)[part.start : part.start + part.shape[0]]
+            rows = self.read_part(part)
             if part.index is None:
                 inner, target = window, out
             elif first <= part.index < window[0][1]:
@@ -198,7 +200,6 @@ class Checkpoint:
     """A checkpoint of ours: of a run, or ported before; attributes as of `Foreign`.
 
     Attributes:
-      step: of the run that wrote it, or None.
       format: that of the folder it was ported from; None for a model trained here.
     """
 
@@ -208,7 +209,6 @@ class Checkpoint:
         self.path = checkpoints.find(path)
         self.config = checkpoints.read_config(self.path)
         content = json.loads((self.path / "config.json").read_text())
-        self.step = content.get("step")
         self._reader = streamed.StreamedReader(self.path)
         self.leaves = {n: (leaf.shape, leaf.dtype) for n, leaf in self._reader.leaves.items()}
         wanted = {n: tuple(x.shape) for n, x in stored_leaves(self.config.model).items()}
@@ -224,7 +224,7 @@ class Checkpoint:
             if (plan := self.files.pop(PLAN, None)) is not None:
                 self.plan = Plan(**json.loads(plan))
         elif (tokenizer := generation.find_tokenizer(self.path)) is not None:
-            self.files = tokenizer_files.make(tokenizer, self.config.model.max_length)[0]
+            self.files = tokenizer_files.make(tokenizer, self.config.model.max_length)
         else:
             self.files = {}
 

@@ -13,10 +13,9 @@ import os
 import numpy as np
 
 from olmoe_jax.checkpoints import manifest, partial, streamed
-from olmoe_jax.porting import families, olmo_names, safetensors, sources, transposing
+from olmoe_jax.porting import families, folders, olmo_names, safetensors, sources, transposing
 
 SHARD_BYTES = 5 * 10**9  # of a Hugging Face folder that has no plan: the size of released folders
-INDEX = "model.safetensors.index.json"
 
 
 class Orbax:
@@ -80,13 +79,11 @@ class Foreign:
     """
 
     def __init__(self, path, *, parts, leaves, files, plan, job):
-        self._parts, self._leaves = {}, leaves
-        for part in parts:
-            self._parts.setdefault(part.ours, []).append(part)
+        self._parts, self._leaves = families.by_array(parts), leaves
         self._partial = partial.Partial(path, job)
         self._files = dict(files)
         if plan.index is not None:
-            self._files[INDEX] = plan.index.encode()
+            self._files[folders.INDEX] = plan.index.encode()
         for name, data in self._files.items():
             (self._partial.folder / name).write_bytes(data)
         self._writers, self._tensors = {}, {}
@@ -94,7 +91,7 @@ class Foreign:
             text = header.encode()
             self._writers[file] = safetensors.Writer(self._partial.folder / file, text)
             for name, tensor in safetensors.parse_header(text, file).tensors.items():
-                known = olmo_names.decode(name) if plan.format == "olmo" else name
+                known = olmo_names.decode(name) if plan.format == folders.OLMO else name
                 self._tensors[known] = file, name, tensor
         self._check_headers(parts)
 
@@ -108,7 +105,7 @@ class Foreign:
 
     def pending(self):
         """[(name, start, stop)] of the slabs not there yet; kept pieces are hashed again."""
-        kept = {key for key, piece in self._partial.done.items() if self._is_sound(key, piece)}
+        kept = set(self._partial.sound(self._read_piece))
         out = []
         for name, (shape, dtype) in self._leaves.items():
             parts = self._parts[name]
@@ -184,13 +181,13 @@ class Foreign:
             elif start <= part.index < stop:
                 yield part, part.start
 
-    def _is_sound(self, key, piece):
-        (name, (first, *_)) = key
+    def _read_piece(self, name, piece):
+        """Rows of one of their tensors as they are on the disk; None if it is not one of them."""
         if name not in self._tensors:
-            return False
+            return None
         file, _, tensor = self._tensors[name]
         rows = safetensors.memory_map(self._partial.folder / file, tensor)
-        return manifest.digest(rows[first : first + piece.shape[0]]) == piece.sha256
+        return rows[piece.start[0] : piece.start[0] + piece.shape[0]]
 
 
 def make_plan(shapes, dtypes, *, format):
@@ -202,7 +199,7 @@ def make_plan(shapes, dtypes, *, format):
     sizes = {n: safetensors.num_bytes(dtypes[n], shape) for n, shape in shapes.items()}
     shards, room = [[]], SHARD_BYTES
     for name, size in sizes.items():
-        if shards[-1] and size > room and format == "huggingface":
+        if shards[-1] and size > room and format == folders.HUGGING_FACE:
             shards.append([])
             room = SHARD_BYTES
         shards[-1].append(name)
@@ -215,7 +212,7 @@ def make_plan(shapes, dtypes, *, format):
     )
     headers, places = {}, {}
     for file, tensors in zip(names, shards, strict=True):
-        encode = olmo_names.encode if format == "olmo" else str
+        encode = olmo_names.encode if format == folders.OLMO else str
         kinds = {encode(n): (dtypes[n], shapes[n]) for n in tensors}
         headers[file] = safetensors.build_header(kinds).decode()
         places |= dict.fromkeys(tensors, file)

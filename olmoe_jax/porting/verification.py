@@ -18,7 +18,7 @@ import tqdm
 from etils import epath
 
 from olmoe_jax.checkpoints import manifest, reading, streamed
-from olmoe_jax.porting import agreement, causes, sources, translation, transposing
+from olmoe_jax.porting import agreement, causes, families, sources, translation, transposing
 
 WORKERS = 2  # threads, each with one slab of about 64 MB of both sides
 WHOLE = 64 << 20  # bytes up to which an array is read whole to find out why it differs
@@ -145,9 +145,7 @@ class _Views:
     """Pieces of one side, and how a person finds them again."""
 
     def __init__(self, side):
-        self.side, self._parts = side, {}
-        for part in getattr(side, "parts", ()):
-            self._parts.setdefault(part.ours, []).append(part)
+        self.side, self._parts = side, families.by_array(getattr(side, "parts", ()))
 
     def pieces(self, name, start, stop) -> list[_Piece]:
         """The rows start..stop of a stored array."""
@@ -184,7 +182,7 @@ class _Views:
         return f"{name}[{', '.join(map(str, position))}]" if position else name
 
     def _read(self, part):
-        rows = self.side.folder.read(part.theirs)[part.start : part.start + part.shape[0]]
+        rows = self.side.read_part(part)
         return rows.T if part.transpose else rows
 
 

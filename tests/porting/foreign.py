@@ -8,7 +8,7 @@ import numpy as np
 import olmoe_jax
 from olmoe_jax.checkpoints import manifest
 from olmoe_jax.data import tokenizer
-from olmoe_jax.porting import configs, families, safetensors, targets
+from olmoe_jax.porting import configs, families, folders, safetensors
 
 MODEL = olmoe_jax.ModelConfig(
     vocab_size=53, max_length=19, num_layers=3, d_model=12, num_heads=2, num_kv_heads=1, d_ff=10,
@@ -47,7 +47,7 @@ def write_folder(
                 writer.write(name, values.astype(kind) if numbers else bits.view(kind)[..., 0])
     if shards > 1:
         index = {"metadata": {"total_size": 1}, "weight_map": places}
-        (directory / targets.INDEX).write_text(json.dumps(index))
+        (directory / folders.INDEX).write_text(json.dumps(index))
     return directory
 
 
