@@ -5,24 +5,26 @@ BIN := $(VENV)/bin
 # One process per core, a file's tests in one of them; each needs up to 4 GB.
 PARALLEL ?= -n auto --maxprocesses=4 --dist=loadfile
 
+KERNEL := olmoe_jax/grouped_matmul/cpu_kernel
+
 .PHONY: help install demo test test-all lint
 
 help:
-	@echo "make install   virtual environment $(VENV) with requirements.txt"
+	@echo "make install   virtual environment $(VENV) with requirements.txt; the CPU kernel where a C++ compiler is"
 	@echo "make demo      train the demo model and draw what it learnt (runs/demo)"
 	@echo "make test      all tests but the slow ones"
 	@echo "make test-all  all tests"
 	@echo "make lint      ruff"
 
-install: $(VENV)/installed
+install: $(VENV)/kernel
 
 demo: install
 	$(BIN)/python -m experiments.demo --config=experiments/configs/demo.py --workdir=runs/demo
 
-test: $(VENV)/installed-test
+test: $(VENV)/installed-test $(VENV)/kernel
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
-test-all: $(VENV)/installed-test
+test-all: $(VENV)/installed-test $(VENV)/kernel
 	$(BIN)/python -m pytest $(PARALLEL)
 
 lint: $(VENV)/installed-test
@@ -36,6 +38,11 @@ $(BIN)/python:
 
 $(VENV)/installed: requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+# Optional: without a compiler, or on another processor, this does nothing and says so.
+$(VENV)/kernel: $(wildcard $(KERNEL)/*.cc $(KERNEL)/*.py) | $(VENV)/installed
+	$(BIN)/python -m olmoe_jax.grouped_matmul.cpu_kernel
 	@touch $@
 
 $(VENV)/installed-test: requirements-test.txt requirements.txt | $(BIN)/python

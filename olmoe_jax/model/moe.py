@@ -70,7 +70,6 @@ class MoE(nn.Module):
         weights = {
             name: self.param(name, self.kernel_init, s, jnp.float32) for name, s in shapes.items()
         }
-        weights = {name: w.astype(self.dtype) for name, w in weights.items()}
         y = experts.compute(
             x, routed, weights, backend=self.expert_backend,
             capacity_factor=self.capacity_factor, group=self.group,

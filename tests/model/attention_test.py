@@ -10,6 +10,7 @@ from olmoe_jax.model import attention
 from tests import oracles
 
 FP32_SUM = 2e-5  # order of summation; values are of order 1
+BF16 = 0.02  # two roundings of 2⁻⁸ each
 
 B, LENGTH, D, HEADS, KV_HEADS, HEAD_DIM, THETA = 2, 7, 11, 6, 3, 4, 100.0
 
@@ -143,6 +144,96 @@ def test_segments_equal_separate_sequences():
         _apply(module, params, x[:, 3:], positions[:, 3:]),
     ]
     np.testing.assert_allclose(packed, np.concatenate(alone, axis=1), atol=FP32_SUM)
+
+
+# Blocks of queries and the gradient
+
+SEGMENTS = np.repeat([[5, 2]] * B, (2, 5), axis=1)
+
+
+def _plain(window, query, key, value, segments):
+    """Softmax over all scores at once, for autodiff."""
+    query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+    key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
+    scores = jnp.einsum("bqhc,bshc->bhqs", query, key, precision="highest") / HEAD_DIM**0.5
+    distance = np.subtract.outer(np.arange(LENGTH), np.arange(LENGTH))
+    visible = (distance >= 0) & (distance < (window or LENGTH))
+    if segments is not None:
+        visible = visible & (segments[:, :, None] == segments[:, None, :])[:, None]
+    probs = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
+    return jnp.einsum("bhqs,bshc->bqhc", probs, value, precision="highest")
+
+
+def _heads(dtype=jnp.float32, num_kv_heads=KV_HEADS):
+    rng = np.random.default_rng(6)
+    shapes = [(B, LENGTH, heads, HEAD_DIM) for heads in (HEADS, num_kv_heads, num_kv_heads, HEADS)]
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def _pulled(function, window, arrays, segments):
+    """Result and gradients for one cotangent; no two of its entries are equal."""
+    *arguments, cotangent = arrays
+    run = lambda *qkv: function(window, *qkv, segments)  # noqa: E731
+    out, pull = jax.vjp(run, *arguments)
+    return out, *pull(cotangent.astype(out.dtype))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "window", "num_kv_heads", "segments"),
+    [
+        (1, None, HEADS, None),
+        (3, None, KV_HEADS, None),
+        (LENGTH, 2, 1, None),
+        (4, 3, KV_HEADS, SEGMENTS),
+        (4, None, HEADS, SEGMENTS),
+    ],
+)
+def test_attention_and_its_gradient_equal_autodiff_for_any_blocks(
+    monkeypatch, blocks, window, num_kv_heads, segments
+):
+    monkeypatch.setattr(attention, "BLOCKS", blocks)
+    monkeypatch.setattr(attention, "SHORTEST", 1)
+    arrays = _heads(num_kv_heads=num_kv_heads)
+    got = _pulled(attention.attend, window, arrays, segments)
+    want = _pulled(_plain, window, arrays, segments)
+    for name, x, y in zip(("mixed", "query", "key", "value"), got, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=FP32_SUM * np.abs(y).max(), err_msg=name)
+
+
+def test_attention_of_bf16_is_close_to_float32_and_keeps_its_dtype(monkeypatch):
+    monkeypatch.setattr(attention, "SHORTEST", 1)
+    arrays = _heads(jnp.bfloat16)
+    got = _pulled(attention.attend, None, arrays, None)
+    want = _pulled(_plain, None, arrays, None)
+    for name, x, y in zip(("mixed", "query", "key", "value"), got, want, strict=True):
+        assert x.dtype == jnp.bfloat16, name
+        y = np.asarray(y, np.float32)
+        np.testing.assert_allclose(
+            np.asarray(x, np.float32), y, atol=BF16 * np.abs(y).max(), err_msg=name
+        )
+
+
+def test_large_scores_do_not_overflow():
+    query, key, value, _ = _heads()
+    out, *gradients = _pulled(attention.attend, None, (300 * query, 300 * key, value, query), None)
+    assert all(np.isfinite(x).all() for x in (out, *gradients))
+    np.testing.assert_allclose(out[:, 0], np.repeat(value[:, 0], HEADS // KV_HEADS, axis=1))
+
+
+def test_neither_all_scores_nor_a_second_forward_pass(monkeypatch):
+    """In a layer that is computed again, the named results are kept: two products per block go
+    forward, five back."""
+    monkeypatch.setattr(attention, "SHORTEST", 1)
+    *arguments, cotangent = _heads()
+    policy = jax.checkpoint_policies.save_only_these_names(*attention.SAVED_NAMES)
+
+    def gradient(*qkv):
+        layer = jax.checkpoint(functools.partial(attention.attend, None), policy=policy)
+        return jax.vjp(lambda *qkv: layer(*qkv, None), *qkv)[1](cotangent)
+
+    text = jax.jit(gradient).lower(*arguments).as_text()
+    assert text.count("stablehlo.dot_general") == 7 * attention.BLOCKS
+    assert f"{LENGTH}x{LENGTH}xf32" not in text
 
 
 def test_rotary_equals_numpy_and_keeps_dtype():

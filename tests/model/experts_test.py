@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from olmoe_jax import grouped_matmul
 from olmoe_jax.model import experts, routing
-from olmoe_jax.model.experts import blocked, capacity
+from olmoe_jax.model.experts import capacity
 from tests import oracles
 
 FP32_SUM = 2e-5  # order of summation
@@ -16,8 +17,15 @@ BF16 = 0.03  # a few roundings of 2⁻⁸ each
 
 B, LENGTH, D, E, F, K = 2, 7, 5, 11, 3, 3
 
-# To test another backend: add its name here, with the capacity factor at which it drops nothing.
-BACKENDS = {"dense": 1.0, "ragged": 1.0, "blocked": 1.0, "capacity": float(E)}
+# Every backend that runs here, but one that is interpreted on CPU and slow (it is tested in
+# tests/grouped_matmul); with this capacity factor none drops anything.
+BACKENDS = tuple(
+    name
+    for name in experts.BACKENDS
+    if name not in grouped_matmul.BACKENDS
+    or (name != "megablox" and grouped_matmul.missing(name) is None)
+)
+DROPLESS = float(E)
 
 
 def _weights(seed, num_experts=E):
@@ -76,7 +84,7 @@ def _compute(x, ids, factors, weights, backend, *, factor=None, group=0, dtype="
     as32 = lambda a: jnp.asarray(a, jnp.float32)  # noqa: E731
     return _jitted(
         as32(x), jnp.asarray(ids, jnp.int32), as32(factors), jax.tree.map(as32, weights),
-        backend=backend, factor=factor or BACKENDS[backend], group=group, dtype=dtype,
+        backend=backend, factor=factor or DROPLESS, group=group, dtype=dtype,
     )  # fmt: skip
 
 
@@ -89,8 +97,14 @@ def _close(got, want, tolerance):
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=tolerance * scale)
 
 
-def test_every_backend_is_in_the_contract():
-    assert BACKENDS.keys() == experts.BACKENDS.keys()
+def test_the_backends_that_need_nothing_are_tested():
+    assert {"dense", "capacity", "loop", "ragged"} <= set(BACKENDS)
+
+
+def test_a_backend_that_cannot_run_here_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr(grouped_matmul, "missing", lambda name: "it needs a compiler")
+    with pytest.raises(ValueError, match="config.model.expert_backend is 'kernel': it needs a co"):
+        experts.resolve("kernel")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -200,23 +214,32 @@ def test_capacity_rows():
     assert capacity.rows_per_expert(1, 1, 64, 1.0) == 1
 
 
-def test_block_size_is_a_power_of_two_near_half_the_share():
-    assert [blocked.block_size(s, 4) for s in (1, 64, 100, 10**6)] == [8, 8, 8, 128]
-    assert blocked.block_size(4 * 2 * 48, 4) == 32
-
-
-def test_many_tokens_per_block():
-    """Blocks larger than the smallest, several per expert, filled unevenly."""
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_rows_per_expert(backend):
+    """More rows than any backend computes at once, some of no expert; value and gradients."""
     rng = np.random.default_rng(8)
-    ids = rng.choice(E, size=(1, 499, 1), p=np.linspace(1, 11, E) / np.linspace(1, 11, E).sum())
-    x, factors, weights, _ = _inputs(ids)
-    assert blocked.block_size(ids.size, E) == 16
-    want = oracles.experts(*_flat(x, ids, factors), weights).reshape(x.shape)
-    _close(_compute(x, ids, factors, weights, "blocked"), want, FP32_SUM)
+    load = np.linspace(1, 11, E) ** 2
+    ids = rng.choice(E, size=(1, 1999, 2), p=load / load.sum())
+    ids[ids == 3] = -1
+    x, factors, weights, d_y = _inputs(ids)
+    flat = _flat(x, ids, factors)
+    _close(
+        _compute(x, ids, factors, weights, backend).reshape(-1, D),
+        oracles.experts(*flat, weights),
+        FP32_SUM,
+    )
+    gradient = jax.grad(lambda w: jnp.sum(_compute(x, ids, factors, w, backend) * d_y.astype("f4")))
+    got = gradient(jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), weights))
+    want = oracles.experts_gradients(*flat, weights, *_flat(d_y))[2]
+    for name in weights:
+        _close(got[name], want[name], FP32_SUM)
 
 
-def test_auto_is_resolved_by_platform_and_an_unknown_backend_named():
-    assert experts.resolve("auto", "tpu") == "ragged"
-    assert experts.resolve("auto", "cpu") == experts.resolve("auto", "gpu") == "blocked"
+def test_an_unknown_backend_is_named():
     with pytest.raises(ValueError, match=r"config.model.expert_backend .*nearest: ragged"):
         experts.resolve("raged")
+
+
+def test_auto_is_what_grouped_matmul_resolves():
+    for platform in ("cpu", "gpu", "tpu"):
+        assert experts.resolve("auto", platform) == grouped_matmul.resolve(platform)

@@ -5,51 +5,50 @@ A backend computes, for every token, the weighted sum of its experts' SwiGLU out
     y[t] = Σ over the token's experts e of weight · (silu(x[t] @ w_gate[e]) · (x[t] @ w_up[e])) @
     w_down[e]
 
-All but `capacity` are dropless and agree to the order of summation; `dense` is the reference. To
-add one, write a file here with a function of the same arguments and name it in `BACKENDS`.
+All but `capacity` are dropless and agree to the order of summation; `dense` is the reference. The
+others sort tokens by expert and differ in how they multiply (`grouped`, on `grouped_matmul`). To
+add a way to multiply, add a backend there; to add another scheme, write a file here with a function
+of the same arguments and name it in `BACKENDS`.
 
 Letters: t tokens, d d_model, e experts, f d_ff, k chosen experts.
 """
 
 import difflib
+import functools
 
 import jax
 from jax.sharding import PartitionSpec
 
-from olmoe_jax import sharding
+from olmoe_jax import grouped_matmul, sharding
 from olmoe_jax.model import routing as routing_lib
-from olmoe_jax.model.experts import blocked, capacity, dense, ragged
+from olmoe_jax.model.experts import capacity, dense, grouped
 
 BACKENDS = {
     "dense": dense.compute,
-    "ragged": ragged.compute,
-    "blocked": blocked.compute,
     "capacity": capacity.compute,
+    **{name: functools.partial(grouped.compute, backend=name) for name in grouped_matmul.BACKENDS},
 }
 
-# Backends that sort tokens: on several devices each sorts its own tokens, with the weights
-# gathered.
-_LOCAL = ("ragged", "blocked")
+SAVED_NAMES = grouped.SAVED_NAMES
 
 
 def resolve(backend, platform=None) -> str:
     """The backend's name, with "auto" decided by platform ("cpu", "gpu", "tpu"; default: JAX's
-    own).
-
-    ragged_dot is a grouped-matmul kernel on TPU only: on CPU it runs 70–100 times slower than
-    batched matmuls, on GPU XLA lowers it to dense work with buffers of tokens · experts.
+    own) as `grouped_matmul.resolve` says.
 
     Raises:
-      ValueError: no such backend.
+      ValueError: no such backend, or it cannot run here.
     """
     if backend == "auto":
-        return "ragged" if (platform or jax.default_backend()) == "tpu" else "blocked"
+        return grouped_matmul.resolve(platform)
     if backend not in BACKENDS:
         near = difflib.get_close_matches(str(backend), BACKENDS, 1, cutoff=0.0)[0]
         raise ValueError(
             f"config.model.expert_backend is {backend!r}: must be auto or one of "
             f"{', '.join(BACKENDS)} (nearest: {near})"
         )
+    if backend in grouped_matmul.BACKENDS and (reason := grouped_matmul.missing(backend)):
+        raise ValueError(f"config.model.expert_backend is {backend!r}: {reason}")
     return backend
 
 
@@ -59,7 +58,8 @@ def compute(x, routing, weights, *, backend, capacity_factor, group):
     Args:
       x: [b, l, d], the compute dtype.
       routing: `routing.Routing` of the same tokens.
-      weights: dict of w_gate [e, d, f], w_up [e, d, f], w_down [e, f, d], the compute dtype.
+      weights: dict of w_gate [e, d, f], w_up [e, d, f], w_down [e, f, d]; rounded to x's dtype for
+        the products.
       backend: a key of BACKENDS, or "auto".
       capacity_factor, group: for the dropping backend: rows per expert relative to balance, and the
         consecutive sequences (0: the whole batch) over which they are counted.
@@ -67,29 +67,42 @@ def compute(x, routing, weights, *, backend, capacity_factor, group):
       [b, l, d] in x's dtype.
     """
     name = resolve(backend)
+    is_grouped = name in grouped_matmul.BACKENDS
     b, length, d = x.shape
+    factors = routing.weights
     # Only a token's own k choices stay within a device; expert choice ranges over the batch.
     token_local = routing.num_slots == routing.expert_ids.size
-    groups = routing_lib.num_groups(b, group) if name == "capacity" else 1
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else sharding.batch_shards(mesh)
+    sharded = is_grouped and shards > 1 and b % shards == 0 and token_local
+    if not is_grouped:
+        factors = factors.astype(x.dtype)
+    if not is_grouped or sharded:  # before they are gathered; `grouped` casts by itself
+        weights = {name: w.astype(x.dtype) for name, w in weights.items()}
 
-    def flat(x, expert_ids, factors, num_slots, groups, w):
+    def flat(x, expert_ids, factors, weights, **options):
         tokens = (-1, expert_ids.shape[-1])
         y = BACKENDS[name](
-            x.reshape(-1, d), expert_ids.reshape(tokens), factors.reshape(tokens).astype(x.dtype),
-            w["w_gate"], w["w_up"], w["w_down"],
-            num_slots=num_slots, groups=groups, capacity_factor=capacity_factor,
+            x.reshape(-1, d), expert_ids.reshape(tokens), factors.reshape(tokens),
+            weights["w_gate"], weights["w_up"], weights["w_down"], **options,
         )  # fmt: skip
         return y.reshape(x.shape)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else sharding.batch_shards(mesh)
-    if name not in _LOCAL or shards == 1 or b % shards or not token_local:
-        return flat(x, routing.expert_ids, routing.weights, routing.num_slots, groups, weights)
+    if name == "capacity":
+        options = {
+            "capacity_factor": capacity_factor,
+            "groups": routing_lib.num_groups(b, group),
+        }
+    else:
+        options = {"num_slots": routing.num_slots} if is_grouped else {}
+    if not sharded:
+        return flat(x, routing.expert_ids, factors, weights, **options)
+    # Each device sorts its own tokens, with all experts' weights gathered.
     by_batch, whole = PartitionSpec(sharding.BATCH_AXES), PartitionSpec()
     return jax.shard_map(
-        lambda x, ids, factors, w: flat(x, ids, factors, ids.size, 1, w),
+        lambda x, ids, factors, w: flat(x, ids, factors, w, num_slots=ids.size),
         mesh=mesh,
         in_specs=(by_batch, by_batch, by_batch, whole),
         out_specs=by_batch,
         check_vma=False,
-    )(x, routing.expert_ids, routing.weights, weights)
+    )(x, routing.expert_ids, factors, weights)

@@ -14,14 +14,13 @@ def rows_per_expert(tokens, k, num_experts, capacity_factor) -> int:
     return max(1, math.ceil(capacity_factor * k * tokens / num_experts))
 
 
-def compute(x, expert_ids, weights, w_gate, w_up, w_down, *, num_slots, groups, capacity_factor):
+def compute(x, expert_ids, weights, w_gate, w_up, w_down, *, groups, capacity_factor):
     """See `experts.compute`; x is [t, d], expert_ids and weights [t, k]; t is split into `groups`
     groups.
 
     First choices of all tokens of a group come before second choices (Switch, GShard), so what is
     dropped is a token's least weighty expert first.
     """
-    del num_slots
     num_experts, d = w_gate.shape[0], x.shape[1]
     tokens, k = x.shape[0] // groups, expert_ids.shape[1]
     capacity = min(tokens, rows_per_expert(tokens, k, num_experts, capacity_factor))

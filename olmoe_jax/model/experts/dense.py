@@ -5,9 +5,8 @@ import jax.numpy as jnp
 from olmoe_jax.model.experts import slots
 
 
-def compute(x, expert_ids, weights, w_gate, w_up, w_down, *, num_slots, groups, capacity_factor):
+def compute(x, expert_ids, weights, w_gate, w_up, w_down):
     """See `experts.compute`; x is [t, d], expert_ids and weights [t, k]."""
-    del num_slots, groups, capacity_factor
     num_experts, num_tokens = w_gate.shape[0], x.shape[0]
     ids = jnp.where(expert_ids < 0, num_experts, expert_ids)  # out of range: dropped
     combine = jnp.zeros((num_tokens, num_experts), x.dtype)

@@ -1,0 +1,116 @@
+"""Grouped products on x86 processors: a compiled kernel, called by XLA on its own threads.
+
+Optional. `python -m olmoe_jax.grouped_matmul.cpu_kernel` (or `make`) builds it where a C++ compiler
+is; `missing()` says why it cannot run here. The instruction set is chosen when it runs, so that a
+compiled program may move to another processor: AVX-512 with bfloat16 products, AVX-512, or AVX2
+(the last two widen bfloat16 to float32). Sums are float32 in an order that depends on the shapes
+and counts only: results are the same whatever the number of threads.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from olmoe_jax.grouped_matmul.cpu_kernel import build
+
+INSTRUCTIONS = ("avx512_bf16", "avx512", "avx2")
+TARGETS = ("olmoe_jax_matmul", "olmoe_jax_outer")
+COMMAND = "python -m olmoe_jax.grouped_matmul.cpu_kernel"
+
+
+def matmul(rows, weights, counts, *, transpose=False, instructions=""):
+    """See `grouped_matmul.matmul`; instructions: one of INSTRUCTIONS, default the best here.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit each other, or the kernel is `missing`.
+    """
+    if rows.ndim != 2 or weights.ndim != 3 or rows.shape[1] != weights.shape[2 if transpose else 1]:
+        raise ValueError(
+            f"rows {rows.shape} do not fit weights {weights.shape}: expected [n, d] and [e, d, f], "
+            "with transpose [n, f] and [e, d, f]"
+        )
+    _check(rows, weights, counts, groups=weights.shape[0])
+    width = weights.shape[1 if transpose else 2]
+    return _call(
+        "olmoe_jax_matmul",
+        jax.ShapeDtypeStruct((rows.shape[0], width), rows.dtype),
+        rows,
+        weights,
+        counts,
+        attributes=dict(transpose=transpose, instructions=instructions),
+    )
+
+
+def outer(left, right, counts, *, dtype, init=None, instructions=""):
+    """See `grouped_matmul.outer`.
+
+    Args:
+      init: [e, d, f] in `dtype`, or None: the products are added to it, in place if nothing else
+        needs it.
+      instructions: one of INSTRUCTIONS, default the best here.
+    Raises:
+      ValueError: shapes or dtypes do not fit each other, or the kernel is `missing`.
+    """
+    if left.ndim != 2 or right.ndim != 2 or left.shape[0] != right.shape[0]:
+        raise ValueError(
+            f"left {left.shape} does not fit right {right.shape}: expected [n, d], [n, f]"
+        )
+    _check(left, right, counts, groups=counts.shape[0])
+    out = jax.ShapeDtypeStruct((counts.shape[0], left.shape[1], right.shape[1]), jnp.dtype(dtype))
+    if out.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"dtype is {out.dtype}: expected float32 or bfloat16")
+    arguments = (left, right, counts)
+    if init is not None:
+        if (init.shape, init.dtype) != (out.shape, out.dtype):
+            raise ValueError(
+                f"init is {init.dtype}{list(init.shape)}: expected {out.dtype}{list(out.shape)}"
+            )
+        arguments += (init,)
+    return _call(
+        "olmoe_jax_outer",
+        out,
+        *arguments,
+        aliases={} if init is None else {3: 0},
+        attributes=dict(instructions=instructions),
+    )
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why the kernel cannot run here and what to do, as a sentence; None if it can."""
+    if build.unsupported():
+        return build.unsupported()
+    if not build.library().exists():
+        return f"the compiled kernel is not built: run make, or {COMMAND}"
+    try:
+        library = build.load()
+        has_any, targets = library.olmoe_jax_has(b""), [getattr(library, name) for name in TARGETS]
+    except (OSError, AttributeError) as error:
+        return f"the compiled kernel cannot be loaded ({error}): delete it and run {COMMAND}"
+    if not has_any:
+        return "the compiled kernel needs AVX2, which this processor lacks"
+    for name, target in zip(TARGETS, targets, strict=True):
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(target), platform="cpu")
+    return None
+
+
+def supported(instructions) -> bool:
+    """Whether the kernel is built and this processor has these INSTRUCTIONS."""
+    return missing() is None and bool(build.load().olmoe_jax_has(instructions.encode()))
+
+
+def _check(left, right, counts, *, groups):
+    if counts.shape != (groups,) or counts.dtype != jnp.int32:
+        raise ValueError(f"counts is {counts.dtype}{list(counts.shape)}: expected int32[{groups}]")
+    if left.dtype != right.dtype or left.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(
+            f"dtypes are {left.dtype} and {right.dtype}: expected both float32 or both bfloat16"
+        )
+
+
+def _call(name, out, *arguments, attributes, aliases=None):
+    if reason := missing():
+        raise ValueError(reason)
+    call = jax.ffi.ffi_call(name, out, vmap_method="sequential", input_output_aliases=aliases or {})
+    return call(*arguments, **attributes)

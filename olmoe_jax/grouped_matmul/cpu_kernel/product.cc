@@ -1,0 +1,289 @@
+// One block of a matrix product, A and B packed for the register tile; compiled once per
+// instruction set (build.py), the function's name given by MULTIPLY.
+#include "product.h"
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int kTileColumns = 2 * kLanes;
+constexpr int kRowStride = kMaxDepth + 16;  // of A packed by rows; not a power of two: cache sets
+constexpr int kDepthStride = kLanes;        // of A packed by k
+
+// Where a tile's sums come from and go to.
+struct Place {
+  const void* read;  // added to the sums, or null
+  int64_t read_stride;
+  bool read_bf16;
+  void* write;
+  int64_t write_stride;
+  bool write_bf16;
+
+  Place at(int64_t row, int64_t column) const {
+    Place p = *this;
+    if (read) p.read = moved(read, row * read_stride + column, read_bf16);
+    p.write = const_cast<void*>(moved(write, row * write_stride + column, write_bf16));
+    return p;
+  }
+  static const void* moved(const void* p, int64_t elements, bool bf16) {
+    return static_cast<const char*>(p) + elements * (bf16 ? 2 : 4);
+  }
+};
+
+INLINE void finish(Vector sum, const Place& place, int64_t row, int64_t column) {
+  const Place p = place.at(row, column);
+  if (p.read) {
+    sum = plus(sum, p.read_bf16 ? load(static_cast<const uint16_t*>(p.read))
+                                : load(static_cast<const float*>(p.read)));
+  }
+  if (p.write_bf16) {
+    store_bf16(static_cast<uint16_t*>(p.write), sum);
+  } else {
+    store(static_cast<float*>(p.write), sum);
+  }
+}
+
+// The last columns of a matrix: through a copy, as whole vectors do not fit.
+template <class T>
+void finish_columns(const float* sums, int rows, int64_t columns, const Place& place) {
+  for (int r = 0; r < rows; ++r) {
+    T line[kTileColumns] = {};
+    uint16_t read_line[kTileColumns] = {};
+    float read_floats[kTileColumns] = {};
+    Place p = place.at(r, 0);
+    if (p.read) {
+      void* copy = p.read_bf16 ? static_cast<void*>(read_line) : static_cast<void*>(read_floats);
+      memcpy(copy, p.read, columns * (p.read_bf16 ? 2 : 4));
+      p.read = copy;
+    }
+    void* target = p.write;
+    p.write = line;
+    for (int j = 0; j < kTileColumns; j += kLanes) finish(load(sums + r * kTileColumns + j), p, 0, j);
+    memcpy(target, line, columns * sizeof(T));
+  }
+}
+
+// Rows x 2 vectors of sums over `depth` words. Row r's word k of A lies at a[r·RS + k·KS].
+template <bool pairs, int Rows, int RS, int KS>
+void tile(const float* a, const float* b, int64_t depth, int64_t columns, const Place& place) {
+  Vector sums[Rows][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) sums[r][0] = sums[r][1] = zero();
+  if (place.read) {
+    for (int r = 0; r < Rows; ++r) {
+      const char* line = static_cast<const char*>(place.at(r, 0).read);
+      _mm_prefetch(line, _MM_HINT_T0);
+      _mm_prefetch(line + 64, _MM_HINT_T0);
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k, a += KS, b += kTileColumns) {
+    const Vector b0 = load(b), b1 = load(b + kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      const Vector x = broadcast(a + r * RS);
+#ifdef __AVX512BF16__
+      if (pairs) {
+        sums[r][0] = multiply_add_pairs(x, b0, sums[r][0]);
+        sums[r][1] = multiply_add_pairs(x, b1, sums[r][1]);
+        continue;
+      }
+#endif
+      sums[r][0] = multiply_add(x, b0, sums[r][0]);
+      sums[r][1] = multiply_add(x, b1, sums[r][1]);
+    }
+  }
+  if (columns >= kTileColumns) {
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      finish(sums[r][0], place, r, 0);
+      finish(sums[r][1], place, r, kLanes);
+    }
+    return;
+  }
+  float copy[Rows * kTileColumns];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+    store(copy + r * kTileColumns, sums[r][0]);
+    store(copy + r * kTileColumns + kLanes, sums[r][1]);
+  }
+  if (place.write_bf16) {
+    finish_columns<uint16_t>(copy, Rows, columns, place);
+  } else {
+    finish_columns<float>(copy, Rows, columns, place);
+  }
+}
+
+using Tile = void (*)(const float*, const float*, int64_t, int64_t, const Place&);
+
+template <bool pairs, bool by_k, int Rows>
+constexpr Tile tile_of = by_k ? tile<pairs, Rows, 1, kDepthStride> : tile<pairs, Rows, kRowStride, 1>;
+
+// By the number of rows: the last tile of a block computes no row that is not there.
+template <bool pairs, bool by_k>
+Tile tile_with(int64_t rows) {
+  static constexpr Tile tiles[] = {
+      tile_of<pairs, by_k, 1>,  tile_of<pairs, by_k, 2>,  tile_of<pairs, by_k, 3>,
+      tile_of<pairs, by_k, 4>,  tile_of<pairs, by_k, 5>,  tile_of<pairs, by_k, 6>,
+#ifdef __AVX512F__
+      tile_of<pairs, by_k, 7>,  tile_of<pairs, by_k, 8>,  tile_of<pairs, by_k, 9>,
+      tile_of<pairs, by_k, 10>, tile_of<pairs, by_k, 11>, tile_of<pairs, by_k, 12>,
+      tile_of<pairs, by_k, 13>, tile_of<pairs, by_k, 14>,
+#endif
+  };
+  return tiles[(rows < kTileRows ? rows : kTileRows) - 1];
+}
+
+// [k][width] → panels of `panel` columns, each [words][stride]; k counts elements.
+template <class In>
+void pack_by_k(const typename In::Element* from, int64_t from_stride, int64_t k, int64_t width,
+               int panel, int stride, float* to) {
+  const int64_t words = (k + In::kPerWord - 1) / In::kPerWord;
+  for (int64_t word = 0; word < words; ++word) {
+    const auto* first = from + word * In::kPerWord * from_stride;
+    const auto* second = word * In::kPerWord + 1 < k ? first + from_stride : nullptr;
+    float* line = to + word * stride;
+    for (int64_t start = 0; start < width; start += panel, line += words * stride) {
+      for (int64_t j = 0; j < panel; j += kLanes) {
+        const int64_t columns = width - start - j;
+        const auto* below = second ? second + start + j : nullptr;
+        store(line + j, columns > 0 ? In::across_k(first + start + j, below, columns) : zero());
+      }
+    }
+  }
+}
+
+// [rows][k] → the same with a fixed distance between rows and zeros behind.
+template <class In>
+void pack_rows(const typename In::Element* from, int64_t from_stride, int64_t k, int64_t rows,
+               float* to) {
+  for (int64_t row = 0; row < rows; ++row, from += from_stride, to += kRowStride) {
+    float* line = to;
+    for (int64_t i = 0; i < k; i += kLanes * In::kPerWord, line += kLanes) {
+      store(line, In::along_k(from + i, k - i));
+    }
+  }
+}
+
+// [n][k] → one panel [words][kTileColumns].
+template <class In>
+void pack_transposed(const typename In::Element* from, int64_t from_stride, int64_t k, int64_t n,
+                     float* to) {
+  const int64_t words = (k + In::kPerWord - 1) / In::kPerWord;
+  for (int64_t word = 0; word < words; word += kLanes) {
+    const int64_t i = word * In::kPerWord;
+    const int lines = words - word < kLanes ? words - word : kLanes;
+    for (int64_t j = 0; j < kTileColumns; j += kLanes) {
+      Vector v[kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) {
+        v[r] = j + r < n ? In::along_k(from + (j + r) * from_stride + i, k - i) : zero();
+      }
+      transpose(v);
+      float* line = to + word * kTileColumns + j;
+      if (lines == kLanes) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; ++r) store(line + r * kTileColumns, v[r]);
+      } else {
+        float part[kLanes * kLanes];
+        for (int r = 0; r < kLanes; ++r) store(part + r * kLanes, v[r]);
+        for (int r = 0; r < lines; ++r) store(line + r * kTileColumns, load(part + r * kLanes));
+      }
+    }
+  }
+}
+
+// Part `part` of `parts` of the rows of a matrix into the second-level cache.
+void prefetch(const char* from, int64_t stride, int64_t rows, int64_t bytes, int64_t part,
+              int64_t parts) {
+  for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row) {
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(from + row * stride + i, _MM_HINT_T1);
+  }
+}
+
+template <class In, bool by_k>
+void multiply(const Product& p, char* scratch) {
+  using Element = typename In::Element;
+  constexpr bool pairs = In::kPerWord == 2;
+  float* packed_a = reinterpret_cast<float*>(scratch);
+  float* packed_b = packed_a + kMaxRows * kRowStride;
+  float* sums = packed_b + 32 * kMaxDepth;
+  const auto* a = static_cast<const Element*>(p.a);
+  const auto* b = static_cast<const Element*>(p.b);
+
+  // Pieces of k of about one size, in whole vectors.
+  const int64_t most = kMaxDepth * In::kPerWord, vector = kLanes * In::kPerWord;
+  const int64_t pieces = (p.k + most - 1) / most;
+  const int64_t piece = (p.k + pieces * vector - 1) / (pieces * vector) * vector;
+
+  for (int64_t start = 0; start < p.k; start += piece) {
+    const int64_t k = p.k - start < piece ? p.k - start : piece;
+    const int64_t words = (k + In::kPerWord - 1) / In::kPerWord;
+    const bool first = start == 0, last = start + k == p.k;
+    // Sums between pieces are float32: in C itself, or beside a bfloat16 C.
+    const Place c = {p.c, p.c_stride, p.c_bf16, p.c, p.c_stride, p.c_bf16};
+    const Place between = {sums, kMaxColumns, false, sums, kMaxColumns, false};
+    Place place = p.c_bf16 && !last ? between : c;
+    const Place& read = p.c_bf16 && !first ? between : c;
+    place.read = first && !p.add ? nullptr : read.read;
+    place.read_stride = read.read_stride;
+    place.read_bf16 = read.read_bf16;
+
+    int64_t a_step;  // words from one tile's A to the next one's
+    if (by_k) {
+      pack_by_k<In>(a + start * p.a_stride, p.a_stride, k, p.m, kTileRows, kDepthStride, packed_a);
+      a_step = words * kDepthStride;
+    } else {
+      pack_rows<In>(a + start, p.a_stride, k, p.m, packed_a);
+      a_step = kTileRows * kRowStride;
+    }
+    for (int64_t column = 0; column < p.n; column += kTileColumns) {
+      const int64_t columns = p.n - column;
+      const Element* from = p.b_by_n ? b + column * p.b_stride + start
+                                     : b + start * p.b_stride + column;
+      if (p.b_by_n) {
+        pack_transposed<In>(from, p.b_stride, k, columns, packed_b);
+      } else {
+        pack_by_k<In>(from, p.b_stride, k, columns < kTileColumns ? columns : kTileColumns,
+                      kTileColumns, kTileColumns, packed_b);
+      }
+      const bool more = columns > kTileColumns;
+      const int64_t tiles = (p.m + kTileRows - 1) / kTileRows;
+      for (int64_t t = 0; t < tiles; ++t) {
+        if (more) {  // the next columns of B arrive while these are used
+          const int64_t ahead = columns - kTileColumns;
+          const int64_t next = ahead < kTileColumns ? ahead : kTileColumns;
+          const Element* then = from + (p.b_by_n ? kTileColumns * p.b_stride : kTileColumns);
+          prefetch(reinterpret_cast<const char*>(then), p.b_stride * sizeof(Element),
+                   p.b_by_n ? next : k, (p.b_by_n ? k : next) * sizeof(Element), t, tiles);
+        }
+        const int64_t row = t * kTileRows;
+        tile_with<pairs, by_k>(p.m - row)(packed_a + t * a_step, packed_b, words, columns,
+                                          place.at(row, column));
+      }
+    }
+  }
+}
+
+template <class In>
+void multiply(const Product& p, char* scratch) {
+  p.a_by_k ? multiply<In, true>(p, scratch) : multiply<In, false>(p, scratch);
+}
+
+}  // namespace
+
+void MULTIPLY(const Product& p, char* scratch) {
+  if (p.k == 0) {
+    const int64_t bytes = p.c_bf16 ? 2 : 4;
+    for (int64_t row = 0; row < p.m && !p.add; ++row) {
+      memset(static_cast<char*>(p.c) + row * p.c_stride * bytes, 0, p.n * bytes);
+    }
+  } else if (p.bf16) {
+#ifdef __AVX512BF16__
+    multiply<Pairs>(p, scratch);
+#else
+    multiply<OnePerWord<uint16_t>>(p, scratch);
+#endif
+  } else {
+    multiply<OnePerWord<float>>(p, scratch);
+  }
+}

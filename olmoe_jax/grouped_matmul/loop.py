@@ -1,0 +1,184 @@
+"""Grouped matrix products in plain JAX: loops over blocks of rows that each belong to one group.
+
+Right on every platform, made for CPU, where a block is one ordinary product that XLA spreads over
+the cores. A block has one of a few sizes, so that a group's last one wastes little, and each size
+has a loop of its own. How many steps a loop takes is data: groups without rows cost nothing. What a
+block costs beside its product are copies, as XLA multiplies no slice in place and writes no product
+into one.
+
+Measured on two Zen 4 cores: one loop that picks each block's size is as fast on jax 0.12 (by a
+`switch`), but on 0.10 it copies the whole result time and again (by inner loops of 0 or 1 steps: 16
+times slower).
+
+Elsewhere, a number of steps that depends on data waits for the host: there it is one loop of
+n / 128 + e steps of 128 rows.
+"""
+
+import functools
+import math
+import typing
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Rows that a block may have, in sixteenths of a balanced group. More choices waste fewer rows, but
+# each takes compile time; they are closest where a trained router's loads lie.
+SIXTEENTHS = (2, 4, 8, 12, 14, 16, 18, 24)
+STATIC_SIZE = 128  # rows, elsewhere than on CPU
+
+
+def matmul(rows, weights, counts, *, transpose):
+    """See `grouped_matmul.matmul`."""
+    return _by_platform(functools.partial(_matmul, transpose=transpose), rows, weights, counts)
+
+
+def outer(left, right, counts, *, dtype):
+    """See `grouped_matmul.outer`."""
+    return _by_platform(functools.partial(_outer, dtype=dtype), left, right, counts)
+
+
+def _by_platform(function, *arrays):
+    return lax.platform_dependent(
+        *arrays,
+        cpu=functools.partial(function, _over_sized_blocks),
+        default=functools.partial(function, _over_static_blocks),
+    )
+
+
+def _matmul(over_blocks, rows, weights, counts, *, transpose):
+    n, dtype = rows.shape[0], rows.dtype
+    multiply, width = (_dot_transposed, 1) if transpose else (_dot, 2)
+    rows, weights = _bits(rows), _bits(weights)
+
+    def body(block, out):
+        at, own = _position(block, n)
+        w = lax.dynamic_index_in_dim(weights, block.group, keepdims=False)
+        y = multiply(_values(_cut(block, rows), dtype), _values(w, dtype))
+        # Rows of other groups stay as they are: they may be done, or nobody's.
+        old = lax.dynamic_slice_in_dim(out, at, block.size)
+        y = jnp.where(own, _bits(y.astype(dtype)), old)
+        return lax.dynamic_update_slice_in_dim(out, y, at, 0)
+
+    out = _bits(jnp.zeros((n, weights.shape[width]), dtype))
+    return _values(over_blocks(counts, n, body, out), dtype)
+
+
+def _outer(over_blocks, left, right, counts, *, dtype):
+    n, shape = left.shape[0], (counts.shape[0], left.shape[1], right.shape[1])
+    operand_dtype = left.dtype
+    left, right = _bits(left), _bits(right)
+
+    def body(block, out):
+        a, b = (_values(_cut(block, x), operand_dtype) for x in (left, right))
+        old = lax.dynamic_index_in_dim(out, block.group, keepdims=False)
+        new = _dot(_transposed(a), b) + jnp.where(block.is_first, 0, old)
+        return lax.dynamic_update_index_in_dim(out, new, block.group, 0)
+
+    return over_blocks(counts, n, body, jnp.zeros(shape, jnp.float32)).astype(dtype)
+
+
+class _Block(typing.NamedTuple):
+    """Rows start … start + count of one group, among `size` (static) rows that are computed."""
+
+    size: int
+    start: jax.Array
+    count: jax.Array
+    group: jax.Array
+    is_first: jax.Array  # of its group
+
+
+def _over_sized_blocks(counts, n, body, carry):
+    """carry = body(block, carry) for every block that has rows, the largest first."""
+    sizes = _sizes(n, counts.shape[0])
+    plan, used = _plan(counts, n, sizes[-1])
+    # Term by term: an array of sizes may be empty, which shard_map's lowering does not take.
+    smaller = sum(((plan[1] <= size).astype(jnp.int32) for size in sizes[:-1]), plan[1] * 0)
+    # A group's only block that may be smaller is its last, so their order within it is kept.
+    in_use = jnp.arange(plan[1].size) < used
+    rank = jnp.where(in_use, smaller, len(sizes))
+    order = jnp.argsort(rank, stable=True)
+    plan = [a[order] for a in plan]
+    stops = jnp.cumsum(jnp.bincount(rank, length=len(sizes)))
+    start = 0
+    for size, stop in zip(reversed(sizes), stops, strict=True):
+        carry = lax.fori_loop(
+            start, stop, lambda i, c, size=size: body(_Block(size, *(a[i] for a in plan)), c), carry
+        )
+        start = stop
+    return carry
+
+
+def _over_static_blocks(counts, n, body, carry):
+    """The same with one size and a fixed number of blocks, some of them without rows."""
+    size = min(n, STATIC_SIZE)
+    plan, _ = _plan(counts, n, size)
+    return lax.scan(lambda c, block: (body(_Block(size, *block), c), None), carry, plan)[0]
+
+
+def _sizes(n, e):
+    """The rows that a block may have, ascending: multiples of 8, or n."""
+    share = n / e
+    return sorted({min(n, 8 * max(1, round(i * share / 128))) for i in SIXTEENTHS})
+
+
+def _plan(counts, n, largest):
+    """((start, count, group, is_first) of every block, each [n // largest + min(e, n)]; how many
+    blocks have rows). Those behind have none, and the group of the last that has."""
+    e = counts.shape[0]
+    blocks = -(-counts // largest)
+    ends, stops = jnp.cumsum(blocks), jnp.cumsum(counts)
+    used = ends[-1]
+    index = jnp.arange(n // largest + min(e, n), dtype=jnp.int32)
+    place = jnp.clip(index, 0, jnp.maximum(used - 1, 0))
+    group = jnp.minimum(jnp.searchsorted(ends, place, side="right"), e - 1).astype(jnp.int32)
+    nth = place - (ends - blocks)[group]
+    start = (stops - counts)[group] + nth * largest
+    count = jnp.where(index < used, jnp.minimum(stops[group] - start, largest), 0)
+    return (start, count, group, (nth == 0) & (index < used)), used
+
+
+def _position(block, n):
+    """Where the block begins, moved up if it would end behind row n; which rows are its own."""
+    at = jnp.minimum(block.start, n - block.size)
+    row = at + jnp.arange(block.size)
+    return at, ((row >= block.start) & (row < block.start + block.count))[:, None]
+
+
+def _cut(block, rows):
+    """The block's rows; zeros in place of other groups'."""
+    at, own = _position(block, rows.shape[0])
+    return jnp.where(own, lax.dynamic_slice_in_dim(rows, at, block.size), jnp.zeros((), rows.dtype))
+
+
+def _dot(a, b):
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def _dot_transposed(a, b):
+    """a @ b.T."""
+    if a.dtype == jnp.bfloat16:  # by itself XLA multiplies in float32 then, at half the speed
+        return _dot(a, _transposed(b))
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _transposed(x):
+    """x.T, copied before it is multiplied: XLA's product with a transposed left side is slower."""
+    if x.dtype != jnp.bfloat16:
+        return lax.optimization_barrier(x.T)
+    # In tiles: XLA transposes 16-bit numbers one by one, and a column of them is spread over few
+    # cache lines' places (half the time at [256, 512]).
+    rows, columns = x.shape
+    p, q = math.gcd(rows, 32), math.gcd(columns, 32)
+    tiles = _bits(x).reshape(rows // p, p, columns // q, q).transpose(2, 3, 0, 1)
+    return _values(lax.optimization_barrier(tiles.reshape(columns, rows)), x.dtype)
+
+
+def _bits(x):
+    """bfloat16 as the integers it consists of: for a slice of bfloat16 out of an array, or into it,
+    jax 0.10's XLA converts the whole array to float32 and back."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _values(bits, dtype):
+    return lax.bitcast_convert_type(bits, dtype) if dtype == jnp.bfloat16 else bits
