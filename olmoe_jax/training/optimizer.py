@@ -2,7 +2,8 @@
 
 One update is
 
-    grads = clip_by_global_norm(grads)
+    norms = global_norms(grads)
+    grads = clip(grads, norms.total, config.clip_norm)
     direction = make_optimizer(config).update(grads, …)        m̂ / (√v̂ + eps) + weight_decay · p
     params = apply(params, direction, learning_rate(config, step, …))
 
@@ -11,6 +12,7 @@ already holds, so the optimizer's own state is the moments and their count, noth
 """
 
 import re
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -92,8 +94,9 @@ def decay_mask(params, config):
 def make_optimizer(config) -> optax.GradientTransformation:
     """AdamW of an OptimizerConfig without learning rate, sign and clipping: see `apply`.
 
-    Moments are float32 whatever the dtype of parameters and gradients. Weight decay is decoupled
-    and scaled by the learning rate, as in torch.optim.AdamW.
+    Moments are made in float32 whatever the dtype of parameters and gradients; every update is
+    computed in float32 and rounded to the dtype that a moment has. Weight decay is decoupled and
+    scaled by the learning rate, as in torch.optim.AdamW.
     """
     adamw = optax.chain(
         optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=jnp.float32),
@@ -104,7 +107,8 @@ def make_optimizer(config) -> optax.GradientTransformation:
         return adamw.init(_float32(params))
 
     def update(grads, state, params):
-        return adamw.update(_float32(grads), state, _float32(params))
+        updates, new = adamw.update(_float32(grads), state, _float32(params))
+        return updates, jax.tree.map(lambda x, old: x.astype(old.dtype), new, state)
 
     return optax.GradientTransformation(init, update)
 
@@ -116,14 +120,29 @@ def apply(params, updates, rate):
     )
 
 
-def clip_by_global_norm(grads, clip_norm):
-    """(grads · min(1, clip_norm / (norm + 1e-6)), norm); norm: float32, L2 over all leaves.
+class Norms(typing.NamedTuple):
+    """L2 norms of a gradient tree, float32.
+
+    Attributes:
+      total: over all leaves.
+      groups: dict of GRADIENT_GROUPS' names, those that occur.
+      layers: [layers], in layer order.
+    """
+
+    total: jax.Array
+    groups: dict
+    layers: jax.Array
+
+
+def clip(grads, norm, clip_norm):
+    """grads · min(1, clip_norm / (norm + 1e-6)), in float32 for what follows.
 
     A NaN anywhere makes every clipped gradient NaN, as in torch; the caller reports the norm.
     """
-    norm = jnp.sqrt(sum(jnp.sum(_squares(g)) for g in jax.tree.leaves(grads)))
     scale = jnp.minimum(1.0, clip_norm / (norm + CLIP_EPSILON))
-    return jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads), norm
+    # One number, made once: fused into the update it would be computed anew for every element.
+    scale = jax.lax.optimization_barrier(scale)
+    return jax.tree.map(lambda g: g.astype(jnp.float32) * scale, grads)
 
 
 def gradient_group(name) -> str:
@@ -142,32 +161,44 @@ def gradient_group(name) -> str:
     raise ValueError(f"parameter {name}: no row of optimizer.GRADIENT_GROUPS matches, expected one")
 
 
-def global_norms(grads):
-    """L2 norms of a gradient tree by kind of parameter and by layer.
+def global_norms(grads) -> Norms:
+    """L2 norms of a gradient tree, altogether, by kind of parameter and by layer.
 
     Args:
       grads: a tree as trained: leaves below layers/block_p are stacked, [n, …].
-    Returns:
-      (dict group → float32 scalar, with the groups that occur; float32 [layers] in layer order).
     """
+    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(grads), strict=True)
+    names = [sharding.path_name(path) for path in paths]
+    squares = [
+        _square_sum(leaf, keep_first=bool(_BLOCK.match(name)))
+        for name, leaf in zip(names, leaves, strict=True)
+    ]
+    # Every gradient is read once: merged with the sums below, these sums would be made again for
+    # each of them.
+    squares = jax.lax.optimization_barrier(squares)
     groups, blocks = {}, {}
-    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-        name = sharding.path_name(path)
-        square = _squares(grad)
+    for name, square in zip(names, squares, strict=True):
         if match := _BLOCK.match(name):
-            square = jnp.sum(square, axis=tuple(range(1, square.ndim)))  # [n]
             block = int(match[1])
             blocks[block] = blocks.get(block, 0) + square
         group = gradient_group(name)
         groups[group] = groups.get(group, 0) + jnp.sum(square)
     # Layer p + moe_every · j is entry j of block p.
     layers = jnp.stack([blocks[p] for p in sorted(blocks)], axis=1).reshape(-1)
-    return {name: jnp.sqrt(square) for name, square in groups.items()}, jnp.sqrt(layers)
+    return Norms(
+        jnp.sqrt(sum(groups.values())),
+        {name: jnp.sqrt(square) for name, square in groups.items()},
+        jnp.sqrt(layers),
+    )
 
 
-def _squares(x):
-    return jnp.square(x.astype(jnp.float32))
+def _square_sum(x, *, keep_first):
+    """Sum of squares in float32: of each layer (the first axis), or of everything."""
+    axes = tuple(range(1 if keep_first else 0, x.ndim))
+    return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes)
 
 
 def _float32(tree):
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+    """Floating leaves as float32; counters stay."""
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if is_float(x) else x, tree)

@@ -218,8 +218,8 @@ def train_step(state, batch, *, model, config):
       update.
     """
     grads, parts = loss_and_gradient(state["params"], batch, model=model, config=config)
-    by_group, by_layer = optimizer.global_norms(grads)
-    grads, norm = optimizer.clip_by_global_norm(grads, config.optimizer.clip_norm)
+    norms = optimizer.global_norms(grads)
+    grads = optimizer.clip(grads, norms.total, config.optimizer.clip_norm)
     updates, opt_state = optimizer.make_optimizer(config.optimizer).update(
         grads, state["opt_state"], state["params"]
     )
@@ -229,9 +229,9 @@ def train_step(state, batch, *, model, config):
     metrics = {
         "loss": parts.cross_entropy,
         "learning_rate": rate,
-        "gradient_norm": norm,
-        "gradient_norms": by_group,
-        "layer_gradient_norms": by_layer,
+        "gradient_norm": norms.total,
+        "gradient_norms": norms.groups,
+        "layer_gradient_norms": norms.layers,
         "layer_rms": jnp.sqrt(parts.layer_square),
     }
     if parts.load is not None:

@@ -82,18 +82,18 @@ def _check_against_reference(config, mesh):
 # Every value of every factor, each pair of mesh and scope; the whole product is a slow test.
 COVERING = [
     # micro-batches, remat, mesh, group (0: the whole batch), backend
-    (1, False, "one device", 0, "blocked"),
+    (1, False, "one device", 0, "auto"),
     (4, True, "one device", 2, "dense"),
-    (4, False, "data 8", 0, "blocked"),
+    (4, False, "data 8", 0, "auto"),
     (4, True, "data 8", 2, "ragged"),
     (1, True, "fsdp 8", 0, "dense"),
-    (4, False, "fsdp 8", 2, "blocked"),
+    (4, False, "fsdp 8", 2, "loop"),
     (1, False, "expert 4 × data 2", 2, "dense"),
-    (4, True, "expert 4 × data 2", 0, "blocked"),
-    (4, False, "fsdp 2 × expert 2 × tensor 2", 0, "blocked"),
+    (4, True, "expert 4 × data 2", 0, "loop"),
+    (4, False, "fsdp 2 × expert 2 × tensor 2", 0, "loop"),
 ]
 PRODUCT = list(
-    itertools.product([1, 4], [False, True], tiny.MESHES, [0, 2], ["dense", "blocked", "ragged"])
+    itertools.product([1, 4], [False, True], tiny.MESHES, [0, 2], ["dense", "loop", "kernel"])
 )
 
 
@@ -128,7 +128,7 @@ def test_one_gradient_in_all_combinations(micro_batches, remat, mesh, group, bac
         ({"router": "expert_choice"}, 4, "expert 4 × data 2"),
         ({"expert_backend": "capacity", "capacity_factor": 0.5}, 4, "data 8"),
         pytest.param(
-            {"router": "expert_choice", "expert_backend": "blocked"},
+            {"router": "expert_choice", "expert_backend": "loop"},
             4,
             "fsdp 8",
             marks=pytest.mark.slow,
