@@ -6,13 +6,12 @@ import functools
 import importlib
 import importlib.util
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from olmoe_jax import generation, loading
+from olmoe_jax import generation, loading, machine
 from olmoe_jax.model import transformer
 from olmoe_jax.porting import causes, folders, sources, transposing
 
@@ -50,20 +49,10 @@ def _is_hugging_face(side):
 def _too_large(side) -> str | None:
     """Why a model in float32 does not fit in memory; one is there at a time."""
     needed = int(ROOM * 4 * sum(math.prod(shape) for shape, _ in side.leaves.values()))
-    free = _free_memory()
+    free = machine.free_memory()
     if free is None or needed <= free:
         return None
     return f"a model in float32 takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
-
-
-def _free_memory(meminfo="/proc/meminfo") -> int | None:
-    """Bytes of main memory that may still be taken; None where the system does not say."""
-    try:
-        lines = pathlib.Path(meminfo).read_text().splitlines()
-    except OSError:
-        return None
-    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return free[0] if free else None
 
 
 def _no_transformers(theirs) -> str | None:

@@ -17,6 +17,7 @@ import yaml
 from etils import epath
 
 from olmoe_jax import config as config_lib
+from olmoe_jax import machine
 from olmoe_jax.checkpoints import manifest, naming, streamed
 from olmoe_jax.data import tokenizer as tokenizer_lib
 from olmoe_jax.porting import (
@@ -299,7 +300,7 @@ def _check_disk(output, total):
         if there.is_dir()
         else 0
     )
-    needed, free = int(total * 1.01) - kept, targets.free_bytes(output)
+    needed, free = int(total * 1.01) - kept, machine.free_disk(output)
     if needed > free:
         raise OSError(
             f"{output.parent}: {needed / 1e9:.1f} GB are needed but {free / 1e9:.1f} GB are free; "

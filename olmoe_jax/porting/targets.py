@@ -8,7 +8,6 @@ appear by one rename.
 import dataclasses
 import hashlib
 import json
-import os
 
 import numpy as np
 
@@ -222,12 +221,3 @@ def make_plan(shapes, dtypes, *, format):
     metadata = {"total_parameters": parameters, "total_size": sum(sizes.values())}
     index = {"metadata": metadata, "weight_map": dict(sorted(places.items()))}
     return sources.Plan(format, headers, json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def free_bytes(path) -> int:
-    """Bytes that can still be written where `path` will lie."""
-    path = os.path.abspath(path)
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize

@@ -1,77 +1,26 @@
-"""What a run runs on: versions and devices for config.json, and the machine's peak speed."""
+"""The devices that a run has: what config.json says about them, and their peak speed."""
 
 import functools
-import importlib.metadata
-import os
-import pathlib
-import platform
-import subprocess
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 
 from olmoe_jax import accounting
+from olmoe_jax import machine as machine_lib
 
-PACKAGES = (
-    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets", "grain",
-    "array_record", "ml_collections", "tokenizers", "libtpu",
-)  # fmt: skip
-VARIABLES = (
-    "XLA_FLAGS",
-    "LIBTPU_INIT_ARGS",
-    "JAX_PLATFORMS",
-    "JAX_ENABLE_X64",
-    "JAX_DEFAULT_MATMUL_PRECISION",
-)
 MATMUL_SIZE = 1536
 
 
 def environment() -> dict:
-    """Versions, platform, devices, compiler flags and, in a checkout, the commit."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    """What `olmoe_jax.machine.environment` says, and the devices."""
     device = jax.devices()[0]
-    return {
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "packages": versions,
+    return machine_lib.environment() | {
         "backend": device.platform,
         "device_kind": device.device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
-        "cpus": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
-        "git_commit": _git_commit(),
     }
-
-
-def _git_commit():
-    """Commit of the checkout that this file lies in ("…+changes" if it was edited), or None."""
-    root = pathlib.Path(__file__).resolve().parents[2]
-    # Installed, the file may lie in somebody else's repository, which says nothing about this code.
-    if not (root / ".git").exists():
-        return None
-
-    def git(*args):
-        command = ["git", "-C", str(root), *args]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + (
-            "+changes" if git("status", "--porcelain", "-uno") else ""
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 @functools.cache

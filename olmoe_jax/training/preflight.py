@@ -2,14 +2,13 @@
 
 import dataclasses
 import os
-import pathlib
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from olmoe_jax import accounting, losses, sharding
+from olmoe_jax import machine as machine_lib
 from olmoe_jax.checkpoints import naming
 from olmoe_jax.model import transformer
 from olmoe_jax.training import machine, metrics
@@ -104,7 +103,7 @@ def plan(config, workdir, *, mesh, peak=None) -> Plan:
         num_states=num_states,
         checkpoint_bytes=whole.one_checkpoint,
         state_bytes=whole.one_state,
-        free_disk=free_disk(workdir),
+        free_disk=machine_lib.free_disk(workdir),
     )
 
 
@@ -161,16 +160,6 @@ def check(plan, *, allow_full_disk=False):
         )
 
 
-def free_disk(path) -> int | None:
-    """Bytes free where `path` is or will be; None on an object store."""
-    if "://" in str(path):
-        return None
-    path = pathlib.Path(path).absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
 def device_memory(mesh) -> int | None:
     """Bytes of memory of one device of the mesh; None if the backend does not say.
 
@@ -179,29 +168,8 @@ def device_memory(mesh) -> int | None:
     local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
     if local[0].platform != "cpu":
         return (local[0].memory_stats() or {}).get("bytes_limit")
-    free = free_memory()
+    free = machine_lib.free_memory()
     return None if free is None else free // len(local)
-
-
-def free_memory(root="/") -> int | None:
-    """Bytes of main memory that this process may still take; None if unknown.
-
-    The least of what the machine has available and what a container's limit (cgroup v2) leaves.
-    """
-    root, limits = pathlib.Path(root), []
-    for line in _lines(root / "proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            limits.append(int(line.split()[1]) * 1024)
-    cgroup = root / "sys/fs/cgroup"
-    limit, used = (next(iter(_lines(cgroup / f"memory.{name}")), "") for name in ("max", "current"))
-    if limit.isdigit() and used.isdigit():
-        cache = [
-            line.split()[1]
-            for line in _lines(cgroup / "memory.stat")
-            if line.startswith("inactive_file ")
-        ]
-        limits.append(int(limit) - int(used) + int(cache[0] if cache else 0))
-    return min(limits, default=None)
 
 
 def size(num_bytes) -> str:
@@ -239,13 +207,6 @@ def si(value) -> str:
 def _three(value):
     """Three digits, or all of those before the point."""
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
-
-
-def _lines(path):
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
 
 
 def _remaining(config, workdir):

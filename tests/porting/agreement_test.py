@@ -6,6 +6,7 @@ import functools
 import numpy as np
 import pytest
 
+from olmoe_jax import machine
 from olmoe_jax.model import transformer
 from olmoe_jax.porting import agreement, causes, port, sources, verification
 from tests.porting import peers, tiny
@@ -22,15 +23,9 @@ def test_without_transformers_or_memory_the_claim_says_so(made, monkeypatch):
     monkeypatch.setattr(agreement.importlib.util, "find_spec", lambda name: None)
     (claim,) = agreement.check(source, target, tiny.quiet)
     assert "not checked: logits against transformers, as torch and transformers cannot" in claim
-    monkeypatch.setattr(agreement, "_free_memory", lambda: 10_000)
+    monkeypatch.setattr(machine, "free_memory", lambda: 10_000)
     (claim,) = agreement.check(source, target, tiny.quiet)
     assert claim.startswith("not checked: logits, as a model in float32 takes 0.0 GB and")
-
-
-def test_free_memory_is_what_linux_calls_available(tmp_path):
-    (tmp_path / "meminfo").write_text("MemFree: 1 kB\nMemAvailable:    7000 kB\n")
-    assert agreement._free_memory(tmp_path / "meminfo") == 7_168_000
-    assert agreement._free_memory(tmp_path / "none") is None
 
 
 def test_the_training_format_is_held_against_our_own_logits(made):

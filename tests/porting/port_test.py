@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import olmoe_jax
-from olmoe_jax import checkpoints
+from olmoe_jax import checkpoints, machine
 from olmoe_jax.porting import folders, port, safetensors, sources, targets
 from tests.porting import foreign
 
@@ -167,7 +167,7 @@ def test_refuses_before_the_output_is_touched(tmp_path, monkeypatch):
     for message, (given, output, options) in cases.items():
         with pytest.raises((ValueError, OSError), match=message):
             port.port(given, output, to="orbax", announce=quiet, **options)
-    monkeypatch.setattr(targets, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(machine, "free_disk", lambda path: 1000)
     with pytest.raises(OSError, match="GB are needed but"):
         port.port(source, tmp_path / "out", to="orbax", announce=quiet)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
@@ -224,7 +224,7 @@ def test_a_suite_is_checked_before_it_starts(tmp_path, monkeypatch):
     pairs = port.pairs(tmp_path / "suite", tmp_path / "run", to="orbax")
     port.check_all(pairs)
     with monkeypatch.context() as patch:
-        patch.setattr(targets, "free_bytes", lambda path: 30_000)
+        patch.setattr(machine, "free_disk", lambda path: 30_000)
         with pytest.raises(OSError, match="GB are needed"):
             port.check_all(pairs)
     pathlib.Path(pairs[0][1]).mkdir(parents=True)

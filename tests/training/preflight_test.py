@@ -140,27 +140,6 @@ def test_a_device_counts_its_share_of_the_parameters(sizes):
     assert share == pytest.approx(PARAMS / mine)
 
 
-def test_free_memory_takes_the_container_into_account(tmp_path):
-    assert preflight.free_memory(tmp_path) is None
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text(
-        "MemTotal: 99 kB\nMemAvailable:       7000 kB\nMemFree: 1 kB\n"
-    )
-    assert preflight.free_memory(tmp_path) == 7_168_000
-    cgroup = tmp_path / "sys/fs/cgroup"
-    cgroup.mkdir(parents=True)
-    (cgroup / "memory.max").write_text("5000\n")
-    (cgroup / "memory.current").write_text("3000\n")
-    (cgroup / "memory.stat").write_text("anon 7\ninactive_file 1100\n")
-    assert preflight.free_memory(tmp_path) == 3100
-    (cgroup / "memory.max").write_text("max\n")
-    assert preflight.free_memory(tmp_path) == 7_168_000
-
-
-def test_an_object_store_has_no_known_free_disk():
-    assert preflight.free_disk("gs://bucket/run") is None
-
-
 def test_sizes_are_readable():
     assert [preflight.size(x) for x in (7, 1234, 12_345, 999_600, 99.96e9)] == [
         "7 B", "1.23 kB", "12.3 kB", "1,000 kB", "100 GB",

@@ -75,7 +75,7 @@ def test_a_workdir_of_another_configuration_is_refused_and_named(tmp_path, make_
 
 
 def test_a_full_disk_is_refused_before_the_first_step(tmp_path, make_run, monkeypatch):
-    monkeypatch.setattr("olmoe_jax.training.preflight.free_disk", lambda path: 1000)
+    monkeypatch.setattr("olmoe_jax.machine.free_disk", lambda path: 1000)
     with pytest.raises(ValueError, match="--allow_full_disk"):
         train(make_run(), tmp_path / "run")
     run = make_run(training=dict(num_steps=1))
