@@ -1,44 +1,49 @@
-"""Speed, side by side with what the machine can do at best, in one run.
+"""Speed, side by side with the peers and with what the machine can do at best, in one run.
 
-    python -m experiments.benchmark --suite=port --scratch=DIR [--num_layers=1] [--json=FILE]
+    python -m experiments.benchmark --suite=train_step [--dtype=bfloat16] --peer_python=PYTHON
+        [--json=FILE] [--plot=FILE.png]
 
-`port`: a Hugging Face folder of random bfloat16 weights in the preset's true shapes goes through
-`experiments.port_weights` to an Orbax directory and back, in turn with `cp` and `sync` of the same
-bytes; then every tensor is compared with the one that went in. Three copies of the model must fit
-in --scratch (olmoe-1b-7b: 13.8 GB each). In a small one the start of Python and JAX weighs more.
+Each suite is one module of `olmoe_jax.benchmarking`, whose docstring says what it measures. Peers
+run in an environment of their own, as subprocesses of its interpreter: --peer_python. Without it a
+suite measures us and the machine's own ceiling. Exit status 1: what was computed is wrong.
 """
 
-import contextlib
-import dataclasses
-import hashlib
-import json
-import os
-import pathlib
-import shutil
-import sys
-import tempfile
+import importlib
 
-import numpy as np
 from absl import flags
 
 from experiments import app
-from olmoe_jax import benchmarking, presets
-from olmoe_jax.porting import configs, families, safetensors, targets
+from olmoe_jax.benchmarking import options as options_lib
 
-_SUITE = flags.DEFINE_string("suite", None, "What to measure: port.")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Undisturbed rounds; at most as many are repeated.")
-_PRESET = flags.DEFINE_string("preset", "olmoe-1b-7b", "port: the architecture.")
-_NUM_LAYERS = flags.DEFINE_integer("num_layers", None, "port: fewer layers than the preset has.")
-_SHARDS = flags.DEFINE_integer("shards", 3, "port: files that hold the weights, 1 or more.")
-_SCRATCH = flags.DEFINE_string(
-    "scratch", "runs/benchmark", "port: a folder on the disk to measure; left as it was."
+# Each a module of olmoe_jax.benchmarking with `run(options)`, which returns (what --json gets,
+# whether what was computed is right); imported when chosen, as JAX must find the allocator tuned.
+SUITES = (
+    "matmul_peak", "moe_layer", "train_step", "experts", "layers", "data", "checkpoint", "start_up",
+    "port",
+)  # fmt: skip
+
+_DEFAULT = options_lib.Options()
+_SUITE = flags.DEFINE_enum("suite", None, SUITES, "What to measure.")
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", _DEFAULT.rounds, "Undisturbed rounds; at most as many are repeated."
 )
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-COPY, TO_ORBAX, TO_HUGGING_FACE = "copy", "port_to_orbax", "port_to_huggingface"
-TITLES = {COPY: "cp, sync", TO_ORBAX: "port --to=orbax", TO_HUGGING_FACE: "port --to=huggingface"}
-PHASE = "phase/"  # of the names of a sample's values
-DISK_COPIES = 3.1  # source, Orbax directory and what came back, and a little
+_PEER_PYTHON = flags.DEFINE_string(
+    "peer_python", None, "Interpreter of an environment that holds the peer (torch, transformers)."
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", _DEFAULT.dtype, ("float32", "bfloat16"), "Of parameters, moments and products."
+)
+_EXPERT_BACKEND = flags.DEFINE_string(
+    "expert_backend", None, "How experts are computed; moe_layer, experts: default all."
+)
+_SHAPE = flags.DEFINE_string("shape", _DEFAULT.shape, "moe_layer: a, b2048 or b8192.")
+_PRESET = flags.DEFINE_string("preset", _DEFAULT.preset, "port: the architecture.")
+_NUM_LAYERS = flags.DEFINE_integer("num_layers", None, "port: fewer layers than the preset has.")
+_SHARDS = flags.DEFINE_integer("shards", _DEFAULT.shards, "port: files with weights, 1 or more.")
+_SCRATCH = flags.DEFINE_string(
+    "scratch", _DEFAULT.scratch, "A folder for files, on the disk to measure; left as it was."
+)
+_PLOT = flags.DEFINE_string("plot", None, "Also draw the result into this PNG.")
 
 
 def main(argv):
@@ -46,302 +51,23 @@ def main(argv):
     del argv
     if _SUITE.value not in SUITES:
         raise ValueError(f"--suite={_SUITE.value}: must be one of {', '.join(SUITES)}")
-    for flag, value in (("rounds", _ROUNDS.value), ("shards", _SHARDS.value)):
-        if value < 1:
-            raise ValueError(f"--{flag}={value}: must be at least 1")
-    result, is_right = SUITES[_SUITE.value]()
+    if _ROUNDS.value < 1:
+        raise ValueError(f"--rounds={_ROUNDS.value}: must be at least 1")
+    tuned = app.tune_allocator()
+    options = options_lib.Options(
+        rounds=_ROUNDS.value, scratch=_SCRATCH.value, preset=_PRESET.value,
+        num_layers=_NUM_LAYERS.value, shards=_SHARDS.value, peer_python=_PEER_PYTHON.value,
+        dtype=_DTYPE.value, expert_backend=_EXPERT_BACKEND.value, shape=_SHAPE.value,
+        allocator_tuned=tuned,
+    )  # fmt: skip
+    suite = importlib.import_module(f"olmoe_jax.benchmarking.{_SUITE.value}")
+    result, is_right = suite.run(options)
     app.write_json(result)
+    if _PLOT.value is not None:
+        from olmoe_jax.benchmarking import plot
+
+        plot.draw(result, _PLOT.value)
     return 0 if is_right else 1
-
-
-def port_suite():
-    """`experiments.port_weights` both ways against `cp` and `sync`; (result, all came back)."""
-    changes = {} if _NUM_LAYERS.value is None else {"num_layers": _NUM_LAYERS.value}
-    model_config = presets.get(_PRESET.value, **changes)
-    measured = measure_port(
-        model_config, shards=_SHARDS.value, rounds=_ROUNDS.value, scratch=_SCRATCH.value
-    )
-    result = {"suite": "port", "preset": _PRESET.value, **measured}
-    show_port(result)
-    return result, not result["tensors_that_differ"] and not result["files_that_differ"]
-
-
-# Name → function that returns (what --json gets, whether what was computed is right).
-SUITES = {"port": port_suite}
-
-
-def _say(line):
-    print(line, flush=True)
-
-
-def measure_port(model_config, *, shards, rounds, scratch) -> dict:
-    """Makes a random model, takes it through both ports and compares what came back.
-
-    Args:
-      shards: files that hold the weights.
-      rounds: undisturbed rounds; at most as many disturbed ones are repeated.
-      scratch: folder on the disk to measure; created if need be, and left as it was.
-
-    Raises:
-      OSError: there is not enough room.
-      ValueError: no Hugging Face class has this architecture, or a port failed.
-    """
-    shapes = tensor_shapes(model_config)
-    size = sum(safetensors.num_bytes("bfloat16", shape) for shape in shapes.values())
-    scratch = os.path.abspath(os.path.expanduser(scratch))
-    _check_disk(scratch, size)
-    os.makedirs(scratch, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="port_", dir=scratch) as work:
-        work = pathlib.Path(work)
-        _say(f"writing {len(shapes):,} random tensors, {size / 1e9:.2f} GB")
-        hashes = write_random_folder(work / "source", model_config, shards=shards)
-        files = len(list((work / "source").glob("*.safetensors")))
-        found, resident = _compare_speed(work, rounds)
-        _say("comparing every tensor with the source")
-        wrong_tensors, wrong_files = compare_folders(work / "source", work / "returned", hashes)
-    return {
-        "num_layers": model_config.num_layers,
-        "dtype": "bfloat16",
-        "files": files,
-        "tensors": len(shapes),
-        "bytes": size,
-        "tensors_that_differ": wrong_tensors,
-        "files_that_differ": wrong_files,
-        **_speeds(found, size),
-        "page_cache": _page_cache(resident),
-        "resident_share": min(resident, default=None),
-        "foreign_loads": found.foreign_loads,
-        "foreign_limit": benchmarking.FOREIGN_LIMIT,
-        "rounds_discarded": found.discarded,
-        "rounds_disturbed": found.disturbed,
-        "environment": benchmarking.environment(),
-    }
-
-
-def _check_disk(scratch, size):
-    needed, free = DISK_COPIES * size, targets.free_bytes(scratch)
-    _say(f"{scratch}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-    if needed > free:
-        raise OSError(
-            f"{scratch}: {needed / 1e9:.1f} GB are needed ({DISK_COPIES} times the model) but "
-            f"{free / 1e9:.1f} GB are free; name another --scratch or a smaller --num_layers"
-        )
-
-
-def tensor_shapes(model_config) -> dict:
-    """{Hugging Face name: shape} of a model, in the order of its layers."""
-    return families.tensor_shapes(families.parts(configs.family_of(model_config), model_config))
-
-
-def write_random_folder(directory, model_config, *, shards) -> dict:
-    """Writes a Hugging Face folder of random bfloat16 weights, tensor by tensor.
-
-    Every tensor has values of its own (±2⁻⁷ to ±2⁻⁵, nine random bits each, never NaN), so that
-    two that are mixed up are noticed, and nothing is sparse.
-
-    Args:
-      directory: to be created.
-      shards: files of about equal size; 1: model.safetensors without an index.
-
-    Returns:
-      {name: SHA-256 of the tensor's bytes}, taken before they were written.
-    """
-    directory, shapes = pathlib.Path(directory), tensor_shapes(model_config)
-    directory.mkdir(parents=True)
-    hashes, weight_map = {}, {}
-    for file, names in _split(shapes, shards).items():
-        header = safetensors.build_header({n: ("bfloat16", shapes[n]) for n in names})
-        with contextlib.closing(safetensors.Writer(directory / file, header)) as writer:
-            for name in names:
-                array = _random(shapes[name], seed=len(hashes))
-                hashes[name] = _sha256(array)
-                writer.write(name, array)
-        weight_map |= dict.fromkeys(names, file)
-    if shards > 1:
-        parameters = sum(int(np.prod(shape)) for shape in shapes.values())
-        metadata = {"total_parameters": parameters, "total_size": 2 * parameters}
-        index = json.dumps(
-            {"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True
-        )
-        (directory / "model.safetensors.index.json").write_text(index + "\n")
-    config = configs.write(
-        model_config, dtype="bfloat16", eos_token_id=model_config.vocab_size - 1, pad_token_id=1
-    )
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return hashes
-
-
-def _split(shapes, shards):
-    """{file name: tensors}: `shards` files of about equal size, fewer if tensors are too few."""
-    total = sum(int(np.prod(shape)) for shape in shapes.values())
-    groups, done = {}, 0
-    for name, shape in shapes.items():
-        groups.setdefault(done * shards // total, []).append(name)
-        done += int(np.prod(shape))
-    if shards == 1:
-        return {"model.safetensors": groups[0]}
-    return {
-        f"model-{n:05d}-of-{len(groups):05d}.safetensors": names
-        for n, names in enumerate(groups.values(), 1)
-    }
-
-
-def _random(shape, *, seed):
-    """bfloat16: sign, lowest exponent bit and fraction are random, the exponent 2⁻⁷ or 2⁻⁶."""
-    count = int(np.prod(shape))
-    rng = np.random.default_rng(seed)
-    bits = rng.integers(0, 2**64, size=-(-count // 4), dtype=np.uint64).view(np.uint16)[:count]
-    bits &= 0x80FF
-    bits |= 0x3C00
-    return bits.view("bfloat16").reshape(shape)
-
-
-def _sha256(array) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
-
-
-def _compare_speed(work, rounds):
-    """(benchmarking.Rounds, shares of each input in memory just before it was used)."""
-    source, copy, orbax, returned = (work / n for n in ("source", "copy", "orbax", "returned"))
-    resident = []
-
-    def prepare(name):
-        # What is no longer needed goes, what is left is on the disk and out of memory, and the
-        # input is read once: each contestant starts from the same state.
-        for old in {COPY: (copy, orbax, returned), TO_ORBAX: (copy,)}.get(name, ()):
-            shutil.rmtree(old, ignore_errors=True)
-        benchmarking.forget(work)
-        needed = orbax if name == TO_HUGGING_FACE else source
-        benchmarking.read_once(needed)
-        if (share := benchmarking.resident_share(needed)) is not None:
-            resident.append(share)
-
-    # Where cp may share blocks between files, or let the file system copy, it does not.
-    plain = ["--reflink=never"] if sys.platform == "linux" else []
-    contestants = {
-        COPY: lambda: _then_sync(benchmarking.run_command(["cp", *plain, "-R", source, copy])),
-        TO_ORBAX: lambda: _port(source, orbax, "orbax", work / "result.json"),
-        TO_HUGGING_FACE: lambda: _port(orbax, returned, "huggingface", work / "result.json"),
-    }
-    found = benchmarking.compare(
-        contestants,
-        rounds=rounds,
-        prepare=prepare,
-        repeats=rounds,
-        limit=benchmarking.FOREIGN_LIMIT,
-        announce=_say,
-    )
-    return found, resident
-
-
-def _then_sync(sample):
-    """The sample with a `sync` after it: all three end with their bytes on the disk."""
-    seconds = benchmarking.run_command(["sync"]).seconds
-    values = sample.values | {f"{PHASE}sync afterwards": seconds}
-    return dataclasses.replace(sample, seconds=sample.seconds + seconds, values=values)
-
-
-def _port(source, output, to, json_file):
-    """Runs port_weights as a person does, and takes its own account of where the time went."""
-    command = [sys.executable, "-m", "experiments.port_weights", f"--input={source}"]
-    command += [f"--output={output}", f"--to={to}", f"--json={json_file}"]
-    sample = benchmarking.run_command(command, cwd=ROOT)
-    ported = json.loads(json_file.read_text())["results"][0]
-    phases = {f"{PHASE}{name}": seconds for name, seconds in ported["phases"].items()}
-    start_up = {f"{PHASE}start-up and exit": sample.seconds - ported["seconds"]}
-    return _then_sync(dataclasses.replace(sample, values=sample.values | phases | start_up))
-
-
-def compare_folders(source, returned, hashes):
-    """What did not come back as it went in.
-
-    Args:
-      hashes: {tensor: SHA-256} of the source.
-
-    Returns:
-      (names of tensors that are missing, new, or not bit-identical; names of files of the source
-      that are missing, differ, or as safetensors have another header).
-    """
-    source, returned = pathlib.Path(source), pathlib.Path(returned)
-    found = {}
-    for file in sorted(returned.glob("*.safetensors")):
-        for name, tensor in safetensors.read_header(file).tensors.items():
-            found[name] = _sha256(safetensors.memory_map(file, tensor))
-    tensors = sorted(n for n in hashes.keys() | found.keys() if hashes.get(n) != found.get(n))
-    files = [p.name for p in sorted(source.iterdir()) if not _is_same(p, returned / p.name)]
-    return tensors, files
-
-
-def _is_same(file, other):
-    """Equal bytes; of safetensors only the headers, as the tensors are compared one by one."""
-    if not other.is_file() or file.stat().st_size != other.stat().st_size:
-        return False
-    if file.suffix == ".safetensors":
-        return safetensors.read_header(file).text == safetensors.read_header(other).text
-    return file.read_bytes() == other.read_bytes()
-
-
-def _speeds(rounds, size):
-    """The ratios and, per contestant, medians and spreads."""
-    rows = {}
-    for name in rounds.samples:
-        seconds, memory = rounds.summary(name), rounds.summary(name, "peak_anonymous_bytes")
-        phases = {n for s in rounds.samples[name] for n in s.values if n.startswith(PHASE)}
-        rows[name] = {
-            "seconds": seconds,
-            "gb_per_second": size / 1e9 / seconds.median,
-            "cpu_seconds": rounds.summary(name, "cpu_seconds"),
-            "peak_anonymous_mb": memory and memory.high / 1e6,
-            "phases": {n.removeprefix(PHASE): rounds.summary(name, n) for n in sorted(phases)},
-        }
-    speeds = {n: rounds.speed(n, against=COPY) for n in (TO_ORBAX, TO_HUGGING_FACE)}
-    return {
-        **{f"ratio_{name}": speed.median for name, speed in speeds.items()},
-        **{f"peak_anonymous_mb_{name}": rows[name]["peak_anonymous_mb"] for name in speeds},
-        "speeds": speeds,
-        "contestants": rows,
-    }
-
-
-def _page_cache(resident):
-    found = f"; {min(resident):.0%} or more of it was there" if resident else ""
-    return (
-        "everything in --scratch written out and dropped from memory, then the input read once, "
-        f"before each of the three{found}"
-    )
-
-
-def show_port(result):
-    """Prints the table and what it rests on."""
-    rows = [("", "seconds", "GB/s", "speed ÷ cp, sync", "CPU s", "peak anonymous MB")]
-    for name, row in result["contestants"].items():
-        speed, peak = result["speeds"].get(name), row["peak_anonymous_mb"]
-        rows.append((
-            TITLES[name], row["seconds"].text(), f"{row['gb_per_second']:.2f}",
-            speed.text() if speed else "1", row["cpu_seconds"].text(1),
-            "no /proc" if peak is None else f"{peak:.0f}",
-        ))  # fmt: skip
-    loads = [x for x in result["foreign_loads"] if x is not None]
-    foreign = f"at most {max(loads):.1%} of all CPU time" if loads else "unknown (no /proc)"
-    print(
-        f"\nport: {result['preset']}, num_layers {result['num_layers']}, bfloat16: "
-        f"{result['tensors']:,} tensors, {result['bytes'] / 1e9:.2f} GB, files: {result['files']}; "
-        f"median (lowest–highest), rounds: {len(result['foreign_loads'])}"
-    )
-    print(f"{benchmarking.table(rows)}\n\nwhere the time went, seconds (a port's threads summed):")
-    for name, row in result["contestants"].items():
-        phases = ", ".join(f"{phase} {s.median:.2f}" for phase, s in row["phases"].items())
-        print(f"  {TITLES[name]}: {phases}")
-    if wrong := result["tensors_that_differ"] + result["files_that_differ"]:
-        print(f"WRONG: {len(wrong)} differ: {', '.join(wrong[:3])}")
-    else:
-        print(f"all {result['tensors']:,} tensors came back bit for bit, headers and config too")
-    print(f"page cache: {result['page_cache']}")
-    print(
-        f"foreign load: {foreign}; rounds discarded (above {result['foreign_limit']:.0%}): "
-        f"{result['rounds_discarded']}; kept although disturbed: {result['rounds_disturbed']}"
-    )
-    print(benchmarking.environment_line(result["environment"]))
 
 
 if __name__ == "__main__":

@@ -82,6 +82,26 @@ class Disk:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StepBytes:
+    """Bytes of the tensors that a train step cannot do without; see `step_bytes`.
+
+    Attributes:
+      parameters, gradients, moments: of all parameters.
+      activations: what the forward pass leaves for the backward pass.
+    """
+
+    parameters: int
+    gradients: int
+    moments: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return sum(getattr(self, field.name) for field in dataclasses.fields(self))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
     """Estimated bytes of a train step on one device.
 
@@ -154,6 +174,16 @@ def flops_per_token(config: ModelConfig, length: int) -> Flops:
     return Flops(forward=layers + head, training=training, executed=executed)
 
 
+def moe_flops_per_token(config: ModelConfig) -> Flops:
+    """FLOPs of one token in one MoE layer: router, chosen and shared experts.
+
+    Two per parameter that it meets: 2 · (d · e + 3 · d · f · (k + shared experts)). `training`
+    includes the gradient with respect to the layer's input.
+    """
+    forward = 2 * _moe_params(config, config.num_experts_per_token)
+    return Flops(forward=forward, training=3 * forward, executed=3 * forward)
+
+
 def param_bytes(config: ModelConfig, dtype: str = "float32") -> int:
     """Bytes of all parameters in `dtype`."""
     return num_params(config).total * BYTES[dtype]
@@ -162,6 +192,55 @@ def param_bytes(config: ModelConfig, dtype: str = "float32") -> int:
 def state_bytes(config: ModelConfig) -> int:
     """Bytes of the train state: float32 parameters and AdamW's two moments."""
     return (1 + ADAM_MOMENTS) * param_bytes(config)
+
+
+def activation_bytes(config: ModelConfig) -> float:
+    """Bytes per token that one layer leaves for its backward pass; mean of dense and MoE layers.
+
+    The tensors from which all else follows without computing a matrix product again, each once
+    (what is computed element by element — norms, rotation, SiLU, gathered rows — is recomputed
+    from them). With s bytes per number of the compute dtype, for one token:
+
+      s · 2d                     the layer's input, and the sum behind the attention
+      s · (2h + 2g) c            queries, keys and values as projected, and what attention mixed
+      4 · h                      logsumexp of its scores; the scores themselves are recomputed
+      s · 2f · (k + shared)      gate and up projections of its experts; 2f in a dense layer
+      4 · (e + 2k)               router logits, expert ids, expert weights
+
+    Post-norm layers keep one d more: there both sums follow from the projections' outputs, which
+    the norms need. Expert weights are parameters and not counted again.
+    """
+    c, size = config, BYTES[config.dtype]
+    residual = (2 if c.norm_position == "pre" else 3) * c.d_model
+    heads = 2 * (c.num_heads + c.num_kv_heads) * c.head_size
+    attention = size * (residual + heads) + 4 * c.num_heads
+    moe = size * 2 * c.d_ff * (_slots(c) + c.num_shared_experts) + _routing_bytes(c)
+    sparse_share = c.num_moe_layers / c.num_layers
+    return attention + sparse_share * moe + (1 - sparse_share) * size * 2 * c.d_ff
+
+
+def step_bytes(config: Config, *, state_dtype: str = "float32") -> StepBytes:
+    """Bytes of the tensors that one train step cannot do without, on one device.
+
+    Parameters, gradients and AdamW's two moments in `state_dtype`: four times the parameters (five
+    with micro-batches, whose gradients are added up); of the activations, `activation_bytes` of
+    each layer and token, and the last layer's output and its gradient, which the cross entropy
+    forms in the forward pass. With `model.remat` the layers' inputs, their routing, and the
+    activations of one layer. Not counted: a chunk of logits, and whatever lives only within one
+    operation of the step. The yardstick of a compiled step; what a device needs is `step_memory`.
+
+    Args:
+      config: a run.
+      state_dtype: of parameters, gradients and moments.
+    """
+    model, micro = config.model, config.training.micro_batches
+    params = param_bytes(model, state_dtype)
+    return StepBytes(
+        parameters=params,
+        gradients=params * (2 if micro > 1 else 1),
+        moments=ADAM_MOMENTS * params,
+        activations=round(config.tokens_per_step / micro * _activation_bytes(model)),
+    )
 
 
 def disk(config: Config) -> Disk:
@@ -198,15 +277,12 @@ def step_memory(
     model, micro = config.model, config.training.micro_batches
     tokens = config.tokens_per_step / micro / batch_shards
     size = BYTES[model.dtype]
-    one_layer = _layer_activation_bytes(model, config.data.sequence_length)
-    between = size * model.d_model
-    layers = between * model.num_layers + one_layer * (1 if model.remat else model.num_layers)
     params = param_bytes(model) / param_shards
     return Memory(
         state=round((1 + ADAM_MOMENTS) * params),
         gradients=round(params * (2 if micro > 1 else 1)),
         weights=0 if model.dtype == "float32" else round(params * size / BYTES["float32"]),
-        activations=round(tokens * layers),
+        activations=round(tokens * _activation_bytes(model)),
         logits=round(min(tokens, logits_chunk) * model.padded_vocab_size * (2 * 4 + size)),
     )
 
@@ -259,27 +335,33 @@ def _norm_params(config):
 
 def _ffn_params(config, experts):
     """Of all layers, with `experts` experts in each MoE layer."""
-    swiglu = 3 * config.d_model * config.d_ff
-    router = config.d_model * config.num_experts
-    moe = router + (experts + config.num_shared_experts) * swiglu
     dense_layers = config.num_layers - config.num_moe_layers
-    return config.num_moe_layers * moe + dense_layers * swiglu
+    dense = dense_layers * 3 * config.d_model * config.d_ff
+    return config.num_moe_layers * _moe_params(config, experts) + dense
 
 
-def _layer_activation_bytes(config, length):
-    """Bytes per token that one layer keeps for its backward pass; mean of dense and MoE layers."""
-    c = config
-    size = BYTES[c.dtype]
-    queries, keys = c.num_heads * c.head_size, 2 * c.num_kv_heads * c.head_size
-    attention = size * (
-        2 * c.d_model + 3 * queries + 2 * keys
-    )  # normed, residual; q, k before, after RoPE
-    attention += c.num_heads * length * (2 * 4 + 2 * size)  # scores and softmax, float32 and not
-    per_token = {"dense": c.num_experts, "capacity": c.capacity_factor * c.num_experts_per_token}
-    slots = per_token.get(c.expert_backend, c.num_experts_per_token)
-    # Gate before and after silu, up, their product.
-    routed = slots * (2 * c.d_model + 4 * c.d_ff) + 4 * c.num_shared_experts * c.d_ff
-    moe = size * (2 * c.d_model + routed) + 4 * 2 * c.num_experts
-    dense = size * (2 * c.d_model + 4 * c.d_ff)
-    sparse_share = c.num_moe_layers / c.num_layers
-    return attention + sparse_share * moe + (1 - sparse_share) * dense
+def _moe_params(config, experts):
+    """Of one MoE layer with `experts` experts, its router and its shared experts."""
+    swiglu = 3 * config.d_model * config.d_ff
+    return config.d_model * config.num_experts + (experts + config.num_shared_experts) * swiglu
+
+
+def _activation_bytes(config):
+    """Per token, of the whole model; see `step_bytes`."""
+    between = BYTES[config.dtype] * config.d_model
+    if not config.remat:
+        return config.num_layers * activation_bytes(config) + 2 * between
+    kept = config.num_layers * between + config.num_moe_layers * _routing_bytes(config)
+    return kept + activation_bytes(config) + 2 * between
+
+
+def _routing_bytes(config):
+    """Per token and MoE layer: router logits, chosen ids and their weights, all of four bytes."""
+    return 4 * (config.num_experts + 2 * config.num_experts_per_token)
+
+
+def _slots(config):
+    """Experts that compute each token: k, more under a backend that pads or computes all."""
+    k = config.num_experts_per_token
+    per_token = {"dense": config.num_experts, "capacity": config.capacity_factor * k}
+    return per_token.get(config.expert_backend, k)

@@ -10,7 +10,8 @@ import pytest
 
 from olmoe_jax import accounting, presets
 from olmoe_jax import config as config_lib
-from olmoe_jax.model import transformer
+from olmoe_jax.benchmarking import layers, work
+from olmoe_jax.model import moe, transformer
 from olmoe_jax.training import step
 
 TINY = config_lib.ModelConfig(
@@ -107,6 +108,36 @@ def test_flops_equal_xlas_count_of_the_same_products():
     assert unmasked < counted < 1.15 * unmasked  # norms, softmax and activations come on top
 
 
+def test_flops_of_one_moe_layer():
+    config = dataclasses.replace(TINY, num_layers=1, num_shared_experts=2)
+    layer = accounting.moe_flops_per_token(config)
+    assert layer.forward == 2 * 10 * 11 + (3 + 2) * 3 * 2 * 10 * 7
+    assert layer.training == layer.executed == 3 * layer.forward
+    # What is left of the whole model's when the layer has no FFN: head, projections, scores.
+    rest = 2 * 97 * 10 + 2 * 4 * 10 * 10 + 2 * 10 * 13
+    assert accounting.flops_per_token(config, 13).forward == layer.forward + rest
+
+
+def test_flops_of_a_moe_layer_equal_xlas_count():
+    # All experts chosen: then the dense backend does exactly the layer's work.
+    d, f, e, tokens = 64, 128, 7, 31
+    layer = moe.MoE(
+        num_experts=e, num_experts_per_token=e, num_shared_experts=0, d_ff=f,
+        router="token_choice", normalize_expert_weights=False, router_dtype=jnp.float32,
+        expert_backend="dense", capacity_factor=1.0, group=0, dtype=jnp.float32,
+        kernel_init=jax.nn.initializers.zeros,
+    )  # fmt: skip
+    x, mask = jnp.zeros((1, tokens, d)), jnp.ones((1, tokens), bool)
+    params = jax.eval_shape(lambda: layer.init(jax.random.key(0), x, mask))
+    lowered = jax.jit(lambda p: layer.apply(p, x, mask)[0]).lower(params)
+    counted = lowered.compile().cost_analysis()["flops"] / tokens
+    config = config_lib.ModelConfig(
+        num_layers=1, d_model=d, num_heads=1, num_kv_heads=1, d_ff=f, num_experts=e,
+        num_experts_per_token=e,
+    )  # fmt: skip
+    assert 1 < counted / accounting.moe_flops_per_token(config).forward < 1.15  # SiLU, softmax
+
+
 def test_causal_attention_and_group_size_in_flops():
     base, longer = (accounting.flops_per_token(TINY, length).forward for length in (13, 26))
     assert longer - base == 6 * 2 * 10 * 13
@@ -166,11 +197,74 @@ def test_step_memory_follows_what_it_depends_on():
     remat = accounting.step_memory(_run(dataclasses.replace(TINY, remat=True)))
     assert remat.activations < base.activations / 2
     reference = accounting.step_memory(_run(dataclasses.replace(TINY, expert_backend="dense")))
-    eight_more_slots = 6 * (11 - 3) * (2 * 10 + 4 * 7) * 4  # bytes per token
+    eight_more_slots = 6 * (11 - 3) * 2 * 7 * 4  # bytes per token
     assert reference.activations == base.activations + 8 * 64 * eight_more_slots
     half = accounting.step_memory(_run(dataclasses.replace(TINY, dtype="bfloat16")))
     assert half.weights == 2 * params
     assert half.activations < base.activations
+
+
+def test_activations_that_a_layer_keeps():
+    residual, heads, experts, routing = 2 * 10, 4 * 10, 2 * 3 * 7, 11 + 3 + 3
+    by_hand = 4 * (residual + heads + experts + routing) + 4 * 5
+    assert accounting.activation_bytes(TINY) == by_hand
+    half = dataclasses.replace(TINY, dtype="bfloat16")
+    assert accounting.activation_bytes(half) == by_hand - 2 * (residual + heads + experts)
+    post = dataclasses.replace(TINY, norm_position="post")
+    assert accounting.activation_bytes(post) == by_hand + 4 * 10
+    grouped = dataclasses.replace(TINY, num_kv_heads=1)
+    assert accounting.activation_bytes(grouped) == by_hand - 4 * 2 * 8
+    shared = dataclasses.replace(TINY, num_shared_experts=1)
+    assert accounting.activation_bytes(shared) == by_hand + 4 * 2 * 7
+    dense = 4 * (residual + heads + 2 * 7) + 4 * 5
+    assert accounting.activation_bytes(dataclasses.replace(TINY, num_experts=0)) == dense
+    mixed = dataclasses.replace(TINY, moe_every=3)
+    assert accounting.activation_bytes(mixed) == pytest.approx((by_hand + 2 * dense) / 3)
+    reference = dataclasses.replace(TINY, expert_backend="dense")
+    assert accounting.activation_bytes(reference) == by_hand + 4 * 2 * (11 - 3) * 7
+
+
+def test_tensors_that_a_step_cannot_do_without():
+    needed, params = accounting.step_bytes(_run(TINY)), accounting.num_params(TINY).total
+    assert (needed.parameters, needed.gradients, needed.moments) == (
+        4 * params, 4 * params, 8 * params
+    )  # fmt: skip
+    tokens, layer = 8 * 64, accounting.activation_bytes(TINY)
+    assert needed.activations == tokens * (6 * layer + 2 * 4 * 10)
+    assert needed.total == 16 * params + needed.activations
+    half = accounting.step_bytes(_run(TINY), state_dtype="bfloat16")
+    assert half.total - half.activations == 8 * params
+    assert half.activations == needed.activations  # the compute dtype's
+    parts = accounting.step_bytes(_run(TINY, micro_batches=4))
+    assert parts.activations == needed.activations / 4
+    assert parts.gradients == 2 * needed.gradients
+    remat = accounting.step_bytes(_run(dataclasses.replace(TINY, remat=True)))
+    inputs_and_routing = 6 * 4 * (10 + 11 + 3 + 3)
+    assert remat.activations == tokens * (inputs_and_routing + layer + 2 * 4 * 10)
+
+
+def _temporaries(num_layers, dtype):
+    """Bytes of XLA's temporaries of a train step without what does not grow with the layers, and
+    the config."""
+    config = work.config(
+        num_layers=num_layers, dtype=dtype, vocab_size=499, max_length=128, d_model=64,
+        num_heads=4, num_kv_heads=4, d_ff=32, num_experts=8, num_experts_per_token=2,
+        expert_backend="loop",
+    )  # fmt: skip
+    return layers._lower(config).compile().memory_analysis().temp_size_in_bytes, config
+
+
+@pytest.mark.slow  # compiles two train steps
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_layer_keeps_what_the_accounting_says(dtype):
+    few, _ = _temporaries(3, dtype)
+    many, config = _temporaries(7, dtype)
+    model, tokens = config.model, config.tokens_per_step
+    one = dataclasses.replace(model, num_layers=1)
+    fixed = accounting.num_params(one).embedding + accounting.num_params(one).head + one.d_model
+    gradients = (accounting.num_params(one).total - fixed) * accounting.BYTES[dtype]
+    kept = (many - few) / 4 - gradients
+    assert 0.9 < kept / (tokens * accounting.activation_bytes(model)) < 1.3
 
 
 @pytest.mark.slow  # compiles a train step

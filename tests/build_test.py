@@ -19,8 +19,10 @@ DISTRIBUTIONS = {
     "tensorflow_datasets": "tensorflow-datasets",
     "yaml": "PyYAML",
 }
-# Peers, imported where they are installed: nothing depends on them.
-OPTIONAL = ("torch", "transformers")
+# Peers and kernels, imported where they are installed: nothing depends on them.
+OPTIONAL = ("tokamax", "torch", "transformers")
+# What scripts of olmoe_jax/benchmarking/peers import from their own folder.
+BESIDE = ("serving",)
 
 
 @functools.cache
@@ -91,7 +93,7 @@ def imported(file):
         if top in ("olmoe_jax", "experiments", "tests"):
             if source := _module_file(module):
                 labels |= {f":{name}" for name in owners().get(source, [])}
-        elif top not in (*sys.stdlib_module_names, *OPTIONAL):
+        elif top not in (*sys.stdlib_module_names, *OPTIONAL, *BESIDE):
             labels.add(f"@{DISTRIBUTIONS.get(top, top)}")
     return labels
 

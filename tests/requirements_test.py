@@ -14,7 +14,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PYTHONS = ("3.11", "3.12", "3.13")
 # Import name → distribution, where they differ by more than case and punctuation.
 DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint", "yaml": "PyYAML"}
-OPTIONAL = {"torch", "transformers"}  # --verify compares with them where they are installed
+OPTIONAL = {"tokamax", "torch", "transformers"}  # peers and kernels, used where installed
+BESIDE = {"serving"}  # what scripts of benchmarking/peers import from their own folder
 
 
 def _pins(file, python):
@@ -81,7 +82,7 @@ def test_every_import_is_a_dependency_and_every_dependency_is_imported():
             elif isinstance(node, ast.ImportFrom):
                 names = [node.module]
             imported |= {name.split(".")[0] for name in names}
-    imported -= {*sys.stdlib_module_names, "olmoe_jax", "experiments"}
+    imported -= {*sys.stdlib_module_names, "olmoe_jax", "experiments", *BESIDE}
     imported = {utils.canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in imported}
     # Read through others: the C++ half of JAX, the file format behind TFDS and grain.
     needed = imported - OPTIONAL | {"jaxlib", "array-record"}

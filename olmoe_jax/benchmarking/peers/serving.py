@@ -1,0 +1,19 @@
+"""The peers' side of `workers.Worker`: JSON lines in, JSON lines out, until stdin ends.
+
+Scripts here run in an environment of their own and import nothing of ours but this file.
+"""
+
+import json
+import os
+import sys
+
+
+def serve(functions):
+    """Answers each request {"do": name, …} with the dict of functions[name](…)."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print must not come between the answers
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = functions[request.pop("do")](**request)
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
