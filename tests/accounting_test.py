@@ -10,7 +10,7 @@ import pytest
 
 from olmoe_jax import accounting, presets
 from olmoe_jax import config as config_lib
-from olmoe_jax.benchmarking import layers, work
+from olmoe_jax.benchmarking import work
 from olmoe_jax.model import moe, transformer
 from olmoe_jax.training import step
 
@@ -251,7 +251,7 @@ def _temporaries(num_layers, dtype):
         num_heads=4, num_kv_heads=4, d_ff=32, num_experts=8, num_experts_per_token=2,
         expert_backend="loop",
     )  # fmt: skip
-    return layers._lower(config).compile().memory_analysis().temp_size_in_bytes, config
+    return work.lower(config).compile().memory_analysis().temp_size_in_bytes, config
 
 
 @pytest.mark.slow  # compiles two train steps

@@ -55,10 +55,7 @@ def measure(config, options) -> dict:
             under_test.clear(name)
             contest()
         contestants = under_test.contestants(steps=STEPS)
-        found = rounds_lib.compare(
-            contestants, rounds=options.rounds, prepare=under_test.clear, repeats=options.rounds,
-            limit=rounds_lib.FOREIGN_LIMIT, announce=lambda line: print(line, flush=True),
-        )  # fmt: skip
+        found = rounds_lib.compare(contestants, rounds=options.rounds, prepare=under_test.clear)
         came_back = under_test.comes_back()
     return {
         "suite": "checkpoint",

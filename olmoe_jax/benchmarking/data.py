@@ -58,9 +58,8 @@ def run(options):
             contest()
         found = rounds_lib.compare(
             {", ".join(key): contest for key, contest in contestants.items()},
-            rounds=options.rounds, prepare=lambda name: None, repeats=options.rounds,
-            limit=rounds_lib.FOREIGN_LIMIT, announce=lambda line: print(line, flush=True),
-        )  # fmt: skip
+            rounds=options.rounds,
+        )
         in_order = all(reader.in_order() for reader in readers)
     result = {"suite": "data", "batches_in_order": in_order, **_figures(found, tokens)}
     _show(result)

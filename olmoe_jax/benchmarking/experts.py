@@ -48,10 +48,7 @@ def run(options):
     for name, contest in contestants.items():
         if name != PEAK:
             contest()  # the first use of memory is slower
-    found = rounds_lib.compare(
-        contestants, rounds=options.rounds, prepare=lambda name: None, repeats=options.rounds,
-        limit=rounds_lib.FOREIGN_LIMIT, announce=lambda line: print(line, flush=True),
-    )  # fmt: skip
+    found = rounds_lib.compare(contestants, rounds=options.rounds)
     result = {
         "suite": "experts",
         "dtype": options.dtype,

@@ -11,13 +11,11 @@ import functools
 import time
 
 import jax
-import jax.numpy as jnp
 
-from olmoe_jax import accounting, machine, sharding
+from olmoe_jax import accounting, machine
 from olmoe_jax.benchmarking import rounds as rounds_lib
 from olmoe_jax.benchmarking import tables, work
-from olmoe_jax.model import experts, transformer
-from olmoe_jax.training import step as step_lib
+from olmoe_jax.model import experts
 
 FEW, MANY = 2, 32
 
@@ -41,10 +39,8 @@ def run(options):
     with _no_compilation_cache():
         contestants[_name(FEW)]()  # imports, and what XLA sets up once
         found = rounds_lib.compare(
-            contestants, rounds=options.rounds, prepare=lambda name: jax.clear_caches(),
-            repeats=options.rounds, limit=rounds_lib.FOREIGN_LIMIT,
-            announce=lambda line: print(line, flush=True),
-        )  # fmt: skip
+            contestants, rounds=options.rounds, prepare=lambda name: jax.clear_caches()
+        )
     result = {
         "suite": "layers",
         "dtype": options.dtype,
@@ -82,38 +78,14 @@ def _no_compilation_cache():
         jax.config.update("jax_enable_compilation_cache", before)
 
 
-def _lower(config):
-    """The train step as `work.Trainer` jits it; lowered from shapes alone, so nothing is
-    allocated."""
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    init = functools.partial(step_lib.init_state, config=config)
-    dtype = jnp.dtype(config.model.dtype)
-    state = jax.tree.map(
-        lambda s: s.update(dtype=dtype) if jnp.issubdtype(s.dtype, jnp.floating) else s,
-        jax.eval_shape(init, jax.random.key(0)),
-    )
-    shape = (config.training.batch_size, config.data.sequence_length)
-    batch = {name: jax.ShapeDtypeStruct(shape, bool) for name in step_lib.TRAINING_FIELDS}
-    batch["tokens"] = jax.ShapeDtypeStruct(shape, jnp.int32)
-    model = transformer.Transformer(config.model)
-    step = functools.partial(step_lib.train_step, model=model, config=config)
-    with jax.set_mesh(mesh):
-        placed = sharding.state_shardings(state, mesh)
-        return jax.jit(step, donate_argnums=0, out_shardings=(placed, None)).lower(state, batch)
-
-
 def _compile(config, memory):
     """A contestant; leaves the step's bytes in memory[layers]."""
     begun = time.monotonic()
-    lowered = _lower(config)
+    lowered = work.lower(config)
     traced = time.monotonic()
-    sizes = lowered.compile().memory_analysis()
+    compiled = lowered.compile()
     finished = time.monotonic()
-    memory[config.model.num_layers] = {
-        "arguments": sizes.argument_size_in_bytes,
-        "temporaries": sizes.temp_size_in_bytes,
-        "results": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
-    }
+    memory[config.model.num_layers] = work.memory(compiled)
     values = {"trace_seconds": traced - begun, "compile_seconds": finished - traced}
     return rounds_lib.Sample(finished - begun, values)
 

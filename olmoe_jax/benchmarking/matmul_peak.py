@@ -93,10 +93,7 @@ def run(options):
                 contestants[f"torch {dtype}"] = functools.partial(_ask, peer, dtype)
         for contest in contestants.values():
             contest()  # compiles, warms up
-        found = rounds_lib.compare(
-            contestants, rounds=options.rounds, prepare=lambda name: None, repeats=options.rounds,
-            limit=rounds_lib.FOREIGN_LIMIT, announce=lambda line: print(line, flush=True),
-        )  # fmt: skip
+        found = rounds_lib.compare(contestants, rounds=options.rounds)
         result = {
             "suite": "matmul_peak",
             "size": _size(),
@@ -119,8 +116,9 @@ def run(options):
 
 
 def _ask(peer, dtype):
-    device = "cuda" if jax.devices()[0].platform == "gpu" else "cpu"
-    answer = peer.ask(do="measure", dtype=dtype, size=_size(), seconds=SECONDS, device=device)
+    answer = peer.ask(
+        do="measure", dtype=dtype, size=_size(), seconds=SECONDS, device=workers.torch_device()
+    )
     return rounds_lib.Sample(answer["seconds"], {"flops_per_second": flops() / answer["seconds"]})
 
 

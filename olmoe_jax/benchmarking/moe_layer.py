@@ -148,19 +148,16 @@ def _compare(contestants, rounds):
     for name, contest in contestants.items():
         if name != PEAK:
             contest()  # the first use of memory is slower
-    return rounds_lib.compare(
-        contestants, rounds=rounds, prepare=lambda name: None, repeats=rounds,
-        limit=rounds_lib.FOREIGN_LIMIT, announce=_say,
-    )  # fmt: skip
+    return rounds_lib.compare(contestants, rounds=rounds)
 
 
 def _open(worker, work, folder):
     """Hands the work to the peer; its versions."""
     c = work.config
-    device = "cuda" if jax.devices()[0].platform == "gpu" else "cpu"
     return worker.ask(
-        do="open_layer", folder=str(folder), device=device, d_model=c.d_model, d_ff=c.d_ff,
-        num_experts=c.num_experts, num_experts_per_token=c.num_experts_per_token,
+        do="open_layer", folder=str(folder), device=workers.torch_device(),
+        d_model=c.d_model, d_ff=c.d_ff, num_experts=c.num_experts,
+        num_experts_per_token=c.num_experts_per_token,
     )  # fmt: skip
 
 

@@ -1,11 +1,10 @@
 """A suite's result as a picture: its ratios, and what each contestant took."""
 
-import os
-import pathlib
-
 import matplotlib
 from matplotlib import figure
 from matplotlib.backends import backend_agg
+
+from olmoe_jax.training import plots
 
 OURS, OTHERS, CEILING = "#0072B2", "#999999", "#D9A441"
 _STYLE = {
@@ -46,14 +45,7 @@ def draw(result, path):
         for (draw_panel, data), axes in zip(panels, grid[:, 0], strict=False):
             draw_panel(axes, data)
         drawing.supxlabel(_environment(result), fontsize=7, color="0.4", x=0.01, ha="left")
-        path = pathlib.Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            drawing.savefig(temporary, format="png")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        plots.save(drawing, path)
 
 
 def _draw_ratios(axes, ratios):

@@ -85,10 +85,7 @@ def measure_port(model_config, *, shards, rounds, scratch) -> dict:
         **_speeds(found, size),
         "page_cache": _page_cache(resident),
         "resident_share": min(resident, default=None),
-        "foreign_loads": found.foreign_loads,
-        "foreign_limit": rounds_lib.FOREIGN_LIMIT,
-        "rounds_discarded": found.discarded,
-        "rounds_disturbed": found.disturbed,
+        **found.account(),
         "environment": machine.environment(),
     }
 
@@ -198,14 +195,7 @@ def _compare_speed(work, rounds):
         TO_ORBAX: lambda: _port(source, orbax, "orbax", work / "result.json"),
         TO_HUGGING_FACE: lambda: _port(orbax, returned, "huggingface", work / "result.json"),
     }
-    found = rounds_lib.compare(
-        contestants,
-        rounds=rounds,
-        prepare=prepare,
-        repeats=rounds,
-        limit=rounds_lib.FOREIGN_LIMIT,
-        announce=_say,
-    )
+    found = rounds_lib.compare(contestants, rounds=rounds, prepare=prepare)
     return found, resident
 
 
@@ -296,8 +286,6 @@ def show_port(result):
             speed.text() if speed else "1", row["cpu_seconds"].text(1),
             "no /proc" if peak is None else f"{peak:.0f}",
         ))  # fmt: skip
-    loads = [x for x in result["foreign_loads"] if x is not None]
-    foreign = f"at most {max(loads):.1%} of all CPU time" if loads else "unknown (no /proc)"
     print(
         f"\nport: {result['preset']}, num_layers {result['num_layers']}, bfloat16: "
         f"{result['tensors']:,} tensors, {result['bytes'] / 1e9:.2f} GB, files: {result['files']}; "
@@ -312,8 +300,4 @@ def show_port(result):
     else:
         print(f"all {result['tensors']:,} tensors came back bit for bit, headers and config too")
     print(f"page cache: {result['page_cache']}")
-    print(
-        f"foreign load: {foreign}; rounds discarded (above {result['foreign_limit']:.0%}): "
-        f"{result['rounds_discarded']}; kept although disturbed: {result['rounds_disturbed']}"
-    )
-    print(tables.environment_line(result["environment"]))
+    print(tables.footer(result))

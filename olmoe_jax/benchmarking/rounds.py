@@ -94,20 +94,30 @@ def summarize(values) -> Summary:
     return Summary(statistics.median(values), min(values), max(values))
 
 
-def compare(contestants, *, rounds, prepare, repeats, limit, announce):
+def _say(line):
+    print(line, flush=True)
+
+
+def compare(
+    contestants, *, rounds, prepare=lambda name: None, repeats=None, limit=None, announce=_say
+):
     """Runs all contestants in turn until `rounds` rounds were undisturbed.
 
     Args:
       contestants: name → function without arguments that does the work and returns a Sample. They
         run in this order in each round, so one may use what an earlier one left.
       prepare: called with the name just before each contestant; not timed.
-      repeats: how many disturbed rounds are replaced. After that the least disturbed ones count.
-      limit: foreign load above which a round is disturbed: the highest over its contestants.
+      repeats: how many disturbed rounds are replaced; default: as many as `rounds`. After that the
+        least disturbed ones count.
+      limit: foreign load above which a round is disturbed: the highest over its contestants;
+        default FOREIGN_LIMIT.
       announce: called with a line per round.
 
     Returns:
       Rounds.
     """
+    repeats = rounds if repeats is None else repeats
+    limit = FOREIGN_LIMIT if limit is None else limit
     finished = []  # (samples, foreign load)
     while True:
         clean = [r for r in finished if (r[1] or 0.0) <= limit]

@@ -30,9 +30,8 @@ def run(options):
         _start(code)  # compiles modules that were never imported, brings files into memory
     found = rounds_lib.compare(
         {name: lambda code=code: _fastest(code) for name, code in STARTS.items()},
-        rounds=options.rounds, prepare=lambda name: None, repeats=options.rounds,
-        limit=rounds_lib.FOREIGN_LIMIT, announce=lambda line: print(line, flush=True),
-    )  # fmt: skip
+        rounds=options.rounds,
+    )
     result = {
         "suite": "start_up",
         "ratio_import": found.speed(LIBRARIES, against=OURS).median,

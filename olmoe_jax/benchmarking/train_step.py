@@ -157,10 +157,7 @@ def _rounds(sides, config, options, *, steps=AS_SHIPPED_STEPS, enough=0):
     matmul_peak.sample(dtype)
     contestants = {side.name: lambda side=side: side.steps(steps) for side in sides}
     contestants[PEAK] = lambda: matmul_peak.sample(dtype)
-    found = rounds_lib.compare(
-        contestants, rounds=options.rounds, prepare=lambda name: None, repeats=options.rounds,
-        limit=rounds_lib.FOREIGN_LIMIT, announce=lambda line: print(line, flush=True),
-    )  # fmt: skip
+    found = rounds_lib.compare(contestants, rounds=options.rounds)
     for side in sides:
         side.steps(max(0, enough - len(side.losses)))
     return found
@@ -178,7 +175,7 @@ def _export(config, params, folder) -> dict:
         "folder": str(folder / "huggingface"),
         "batches": str(folder / "batches.npy"),
         "dtype": dtype,
-        "device": "cuda" if jax.devices()[0].platform == "gpu" else "cpu",
+        "device": workers.torch_device(),
         "balance_weight": config.losses.load_balancing_weight,
         "clip_norm": optimizer.clip_norm,
         "optimizer": {
@@ -197,9 +194,7 @@ def _flops(config):
 
 def _memory(config, compiled):
     """Bytes of the compiled step, and of the tensors that it cannot do without."""
-    sizes = compiled.memory_analysis()
-    used = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
-    used += sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
+    used = sum(work.memory(compiled).values())
     needed = accounting.step_bytes(config, state_dtype=config.model.dtype).total
     return {"memory_bytes": used, "needed_bytes": needed, "ratio_memory": used / needed}
 

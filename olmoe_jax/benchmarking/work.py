@@ -87,6 +87,16 @@ def lower(run_config) -> jax.stages.Lowered:
         return step.lower(state, batch(np.zeros(shape, np.int32)))
 
 
+def memory(compiled) -> dict[str, int]:
+    """Bytes that XLA holds at once for a compiled step; results: those that reuse no argument."""
+    sizes = compiled.memory_analysis()
+    return {
+        "arguments": sizes.argument_size_in_bytes,
+        "temporaries": sizes.temp_size_in_bytes,
+        "results": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+    }
+
+
 class Trainer:
     """Train steps on jax.devices()[0]; parameters and moments are in `config.model.dtype`.
 

@@ -11,6 +11,8 @@ import shlex
 import subprocess
 import tempfile
 
+import jax
+
 # The same as experiments.app.tune_allocator does from within. Only glibc reads it.
 GLIBC_TUNABLES = ":".join(
     f"glibc.malloc.{name}={value}"
@@ -18,6 +20,11 @@ GLIBC_TUNABLES = ":".join(
                         ("arena_max", 1))
 )  # fmt: skip
 ENDING_SECONDS = 10.0
+
+
+def torch_device() -> str:
+    """What torch calls the device that we run on."""
+    return "cuda" if jax.devices()[0].platform == "gpu" else "cpu"
 
 
 class Worker:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 # Names: the package's attribute `gmm` is a function, not this module.
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
+from olmoe_jax.grouped_matmul import ragged
+
 # Rows of a tile. A group that ends within a tile costs one more, so small; 256 is the MXU's side.
 ROWS = 256
 # A tile of a group's matrix has at most this many elements (4 MB with both buffers in bfloat16),
@@ -30,7 +32,7 @@ def matmul(rows, weights, counts, *, transpose):
         tiling=(tile_rows, tile_depth, _tile(width, AREA // tile_depth)),
     )[:n]  # fmt: skip
     # Tiles that no group owns are not written at all: select, as whatever is there may be NaN.
-    return jnp.where((jnp.arange(n) < jnp.sum(counts))[:, None], out, 0)
+    return jnp.where(ragged.used(out, counts), out, 0)
 
 
 def outer(left, right, counts, *, dtype):

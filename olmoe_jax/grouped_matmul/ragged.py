@@ -16,21 +16,21 @@ def matmul(rows, weights, counts, *, transpose):
     n = rows.shape[0]
     # The product's dtype is asked for directly: a float32 result would be written out in full.
     out = jax.lax.ragged_dot_general(
-        _padded(rows), weights, counts, _dimensions(1, 2 if transpose else 1, [0]),
+        _padded(rows), weights, counts, dimensions(1, 2 if transpose else 1, [0]),
         preferred_element_type=rows.dtype,
     )[:n]  # fmt: skip
-    return jnp.where(_used(out, counts), out, 0)
+    return jnp.where(used(out, counts), out, 0)
 
 
 def outer(left, right, counts, *, dtype):
     """See `grouped_matmul.outer`."""
-    left, right = (_padded(jnp.where(_used(a, counts), a, 0)) for a in (left, right))
+    left, right = (_padded(jnp.where(used(a, counts), a, 0)) for a in (left, right))
     return jax.lax.ragged_dot_general(
-        left, right, counts, _dimensions(0, 0, []), preferred_element_type=dtype
+        left, right, counts, dimensions(0, 0, []), preferred_element_type=dtype
     )
 
 
-def _dimensions(left, right, groups):
+def dimensions(left, right, groups):
     """Contract axis `left` of the rows, which are ragged along axis 0, with axis `right`."""
     return jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(([left], [right]), ([], [])),
@@ -43,6 +43,6 @@ def _padded(rows):
     return jnp.pad(rows, ((0, -rows.shape[0] % ROWS), (0, 0)))
 
 
-def _used(rows, counts):
+def used(rows, counts):
     """bool [n, 1]: does the row belong to a group? Select by it: 0 · NaN is NaN."""
     return (jnp.arange(rows.shape[0]) < jnp.sum(counts))[:, None]

@@ -10,6 +10,8 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
+from olmoe_jax.grouped_matmul import ragged
+
 IMPLEMENTATIONS = {"cpu": "xla", "gpu": ("mosaic", "triton"), "tpu": "mosaic_tpu"}
 
 
@@ -36,29 +38,20 @@ def missing() -> str | None:
 def matmul(rows, weights, counts, *, transpose):
     """See `grouped_matmul.matmul`."""
     out = _ragged_dot(rows, weights, counts, 1, 2 if transpose else 1, [0], rows.dtype)
-    return jnp.where(_used(out, counts), out, 0)
+    return jnp.where(ragged.used(out, counts), out, 0)
 
 
 def outer(left, right, counts, *, dtype):
     """See `grouped_matmul.outer`."""
-    left, right = (jnp.where(_used(a, counts), a, 0) for a in (left, right))
+    left, right = (jnp.where(ragged.used(a, counts), a, 0) for a in (left, right))
     return _ragged_dot(left, right, counts, 0, 0, [], dtype)
 
 
 def _ragged_dot(a, b, counts, contract_a, contract_b, groups, dtype):
     import tokamax
 
-    dimensions = jax.lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(([contract_a], [contract_b]), ([], [])),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=groups,
-    )
+    dimensions = ragged.dimensions(contract_a, contract_b, groups)
     return tokamax.ragged_dot_general(
         a, b, counts, dimensions, preferred_element_type=dtype,
         implementation=IMPLEMENTATIONS[jax.default_backend()],
     )  # fmt: skip
-
-
-def _used(rows, counts):
-    """bool [n, 1]: does the row belong to a group? Select by it: 0 · NaN is NaN."""
-    return (jnp.arange(rows.shape[0]) < jnp.sum(counts))[:, None]

@@ -50,14 +50,19 @@ def draw_run(workdir, path, *, unigram_loss=None):
             upper, lower = right[0].subplots(2, 1, height_ratios=(5, 4))
             _draw_load(upper, load, _layers(curves, len(load)))
             _draw_max_load(lower, curves)
-        path = pathlib.Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            drawing.savefig(temporary, format="png")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        save(drawing, path)
+
+
+def save(drawing, path):
+    """Writes a matplotlib figure as PNG, whole or not at all."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        drawing.savefig(temporary, format="png")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _collect(workdir):

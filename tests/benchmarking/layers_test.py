@@ -19,13 +19,13 @@ def test_the_suite(monkeypatch, capsys):
     monkeypatch.setattr(layers, "MANY", 3)
     make = work.config
     monkeypatch.setattr(work, "config", lambda **options: make(**options | TINY))
-    cleared, cached, lower, clear = [], [], layers._lower, jax.clear_caches
+    cleared, cached, lower, clear = [], [], work.lower, jax.clear_caches
 
     def recorded(config):
         cached.append(jax.config.jax_enable_compilation_cache)
         return lower(config)
 
-    monkeypatch.setattr(layers, "_lower", recorded)
+    monkeypatch.setattr(work, "lower", recorded)
     monkeypatch.setattr(jax, "clear_caches", lambda: cleared.append(clear()))
     result, is_right = layers.run(options_lib.Options(rounds=1, expert_backend="dense"))
     assert is_right
