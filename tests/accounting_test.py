@@ -264,7 +264,9 @@ def test_a_layer_keeps_what_the_accounting_says(dtype):
     fixed = accounting.num_params(one).embedding + accounting.num_params(one).head + one.d_model
     gradients = (accounting.num_params(one).total - fixed) * accounting.BYTES[dtype]
     kept = (many - few) / 4 - gradients
-    assert 0.9 < kept / (tokens * accounting.activation_bytes(model)) < 1.3
+    # Before 0.12 XLA's CPU has no bfloat16: a scan stacks such arrays and float32 copies of them.
+    old = dtype == "bfloat16" and jax.__version_info__ < (0, 12)
+    assert 0.9 < kept / (tokens * accounting.activation_bytes(model)) < (3 if old else 1.3)
 
 
 @pytest.mark.slow  # compiles a train step
