@@ -62,7 +62,7 @@ def unfinished(path) -> str | None:
     if TEMPORARY in name or name.endswith(DELETED):
         return "a save that did not finish; take another checkpoint"
     if name.endswith(PARTIAL):
-        return "a port that did not finish: run the same port_weights command again"
+        return "a port or upcycling that did not finish: run the same command again"
     return None
 
 

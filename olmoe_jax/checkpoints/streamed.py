@@ -1,6 +1,7 @@
 """Orbax directories written slab by slab, for models that are larger than the memory at hand.
 
     PATH/params/NAME/…              an array per tensor and layer: zarr, no compression, plain files
+                                    (PATH/state/NAME/… of a whole train state)
     PATH/manifest/process_0.json    the hashes, of every slab and of every file below
     PATH/config.json
     PATH/…                          files that travel with the weights
@@ -35,11 +36,13 @@ def slabs(shape: tuple, dtype) -> list[tuple[int, int]]:
     """(start, stop) along the leading axis of the slabs of an array, in order.
 
     An array of up to 16 MiB is one slab; a larger one has slabs of up to 64 MiB, but of one leading
-    index at least.
+    index at least. A scalar is one slab.
 
-    >>> slabs((64, 2048, 1024), "bfloat16")[:2]
-    [(0, 16), (16, 32)]
+    >>> slabs((64, 2048, 1024), "bfloat16")[:2], slabs((), "int32")
+    ([(0, 16), (16, 32)], [(0, 1)])
     """
+    if not shape:
+        return [(0, 1)]
     rows, chunk_rows = shape[0], chunk_shape(shape, dtype)[0]
     chunk_bytes = chunk_rows * math.prod(shape[1:]) * jnp.dtype(dtype).itemsize
     step = chunk_rows * max(1, SLAB // chunk_bytes)
@@ -74,17 +77,21 @@ class StreamedWriter:
 
     Args:
       path: where the directory comes to lie, on a local disk.
-      leaves: {stored name: (shape, dtype)}; at least one axis, dtype float32, bfloat16 or float16.
+      leaves: {stored name: (shape, dtype)}; float32, bfloat16, float16 or integers.
       config_json: text of its config.json.
       files: {relative path: bytes} that lie beside the parameters.
       job: what is written from what, JSON values; another job cannot go on with the slabs.
+      item: the folder in `path` that holds the arrays: "params", or "state" of a train state.
 
     Raises:
       FileExistsError: `path` exists.
       ValueError: `{path}.partial` is of another job, not ours, or another process writes it.
     """
 
-    def __init__(self, path, leaves: dict, *, config_json: str, files: dict, job: dict):
+    def __init__(
+        self, path, leaves: dict, *, config_json: str, files: dict, job: dict, item=reading.PARAMS
+    ):
+        self._item = item
         self._leaves = {
             name: manifest.Leaf(tuple(shape), jnp.dtype(dtype).name, ())
             for name, (shape, dtype) in leaves.items()
@@ -105,7 +112,7 @@ class StreamedWriter:
         self._partial = partial.Partial(path, {**job, "parts": parts})
         try:
             sound = self._partial.sound(self._read_piece)
-            self._done = {(name, start[0]): piece for (name, start), piece in sound.items()}
+            self._done = {(name, sum(start[:1])): piece for (name, start), piece in sound.items()}
             self._remove_useless()
         except BaseException:
             self._partial.close()
@@ -133,7 +140,8 @@ class StreamedWriter:
         """Writes and hashes one slab. May be called from several threads, for different slabs.
 
         Args:
-          array: the rows start..stop of the leaf, in its dtype; bytes are written as they are.
+          array: the rows start..stop of the leaf, or a scalar, in its dtype; bytes are written as
+            they are.
 
         Raises:
           ValueError: `start`, the shape or the dtype is not that of a slab of `name`.
@@ -142,20 +150,20 @@ class StreamedWriter:
         leaf, stop = self._leaves.get(name), self._slabs.get((name, start))
         if stop is None:
             raise ValueError(f"{name}: no slab starts at {start}; see StreamedWriter.pending")
-        expected = (stop - start, *leaf.shape[1:]), leaf.dtype
+        expected = (stop - start, *leaf.shape[1:])[: len(leaf.shape)], leaf.dtype
         if expected != (found := (array.shape, array.dtype.name)):
             raise ValueError(f"{name}, slab {start}:{stop}: is {found}, expected {expected}")
-        array = np.ascontiguousarray(array)
+        array = np.ascontiguousarray(array).reshape(array.shape)  # which makes a scalar a row
         try:
             # The array is not copied: nobody keeps it when the result is there.
-            written = self._store(name)[start:stop].write(
+            written = self._store(name)[_rows(start, stop, array.ndim)].write(
                 array, can_reference_source_data_indefinitely=True
             )
             sha256 = manifest.digest(array)
             written.result()
         except Exception as error:  # whatever TensorStore makes of a full disk
             raise _failure(self._partial.folder, name, error) from error
-        origin = (start, *[0] * (array.ndim - 1))
+        origin = (start, *[0] * (array.ndim - 1))[: array.ndim]
         self._partial.record(name, origin, array.shape, sha256)
         with self._lock:
             self._done[name, start] = manifest.Piece(origin, array.shape, sha256)
@@ -173,7 +181,7 @@ class StreamedWriter:
                 f"({name}, {start}:{stop}, …)"
             )
         folder = self._partial.folder
-        _describe(folder / reading.PARAMS, self._leaves)
+        _describe(folder / self._item, self._leaves)
         for name, content in self._files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
@@ -190,7 +198,7 @@ class StreamedWriter:
             if name not in self._stores:
                 leaf = self._leaves[name]
                 dtype = leaf.dtype if leaf.dtype == "bfloat16" else jnp.dtype(leaf.dtype).str
-                spec = manifest.spec(epath.Path(self._partial.folder / reading.PARAMS), name) | {
+                spec = manifest.spec(epath.Path(self._partial.folder / self._item), name) | {
                     "metadata": {
                         "shape": leaf.shape,
                         "chunks": chunk_shape(leaf.shape, leaf.dtype),
@@ -206,19 +214,24 @@ class StreamedWriter:
 
     def _read_piece(self, name, piece):
         """A piece as it is on the disk; None where it cannot be read."""
-        rows = slice(piece.start[0], piece.start[0] + piece.shape[0])
+        start, rows = sum(piece.start[:1]), sum(piece.shape[:1])
         try:
-            return self._store(name)[rows].read().result()
+            return self._store(name)[_rows(start, start + rows, len(piece.shape))].read().result()
         except Exception:  # whatever TensorStore makes of damaged files
             return None
 
     def _remove_useless(self):
         """Removes arrays without a sound piece: not even their description can be relied on."""
         sound = {name.replace("/", ".") for name, _ in self._done}
-        for path in (self._partial.folder / reading.PARAMS).glob("*"):
+        for path in (self._partial.folder / self._item).glob("*"):
             if path.is_dir() and path.name not in sound:
                 shutil.rmtree(path)
         self._stores.clear()
+
+
+def _rows(start, stop, rank):
+    """The index of rows start..stop; of a scalar, all of it."""
+    return slice(start, stop) if rank else ...
 
 
 def _failure(folder, name, error) -> OSError:
@@ -268,6 +281,7 @@ class StreamedReader:
 
     Args:
       path: the checkpoint, or a workdir (its newest is read).
+      item: "params", or "state": `path` is a step directory of a run's `resume`.
 
     Attributes:
       path: of the checkpoint.
@@ -278,10 +292,11 @@ class StreamedReader:
         damaged.
     """
 
-    def __init__(self, path):
-        self.path = naming.find(path)
-        if not (self.path / reading.PARAMS).is_dir():
-            raise FileNotFoundError(f"{self.path}: no folder {reading.PARAMS}; a resume state?")
+    def __init__(self, path, *, item=reading.PARAMS):
+        self.path, self._item = naming.find(path), item
+        if not (self.path / item).is_dir():
+            other = " a resume state?" if item == reading.PARAMS else " a checkpoint of parameters?"
+            raise FileNotFoundError(f"{self.path}: no folder {item};{other}")
         self.leaves = manifest.read(self.path)
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         self._stores, self._lock = {}, threading.Lock()
@@ -300,8 +315,9 @@ class StreamedReader:
           DamagedError: they cannot be read, or the array is not what the manifest says.
         """
         leaf = self.leaves[name]
-        stop = leaf.shape[0] if stop is None else stop
-        shape, dtype = (stop - start, *leaf.shape[1:]), jnp.dtype(leaf.dtype)
+        stop = sum(leaf.shape[:1]) if stop is None else stop
+        rank = len(leaf.shape)
+        shape, dtype = (stop - start, *leaf.shape[1:])[:rank], jnp.dtype(leaf.dtype)
         if out is None:
             out = np.empty(shape, dtype)
         elif (out.shape, out.dtype) != (shape, dtype) or not out.flags.c_contiguous:
@@ -309,7 +325,7 @@ class StreamedReader:
         try:
             store = self._store(name)
             if (store.shape, store.dtype.name) == (leaf.shape, leaf.dtype):
-                ts.array(out, copy=False).write(store[start:stop]).result()
+                ts.array(out, copy=False).write(store[_rows(start, stop, rank)]).result()
                 return out
         except Exception as error:  # as above
             raise manifest.DamagedError(
@@ -324,7 +340,7 @@ class StreamedReader:
         """The opened array of a leaf."""
         with self._lock:
             if name not in self._stores:
-                spec = manifest.spec(self.path / reading.PARAMS, name)
+                spec = manifest.spec(self.path / self._item, name)
                 spec["fill_missing_data_reads"] = False  # a lost chunk is not zeros
                 self._stores[name] = ts.open(spec, read=True, context=self._context).result()
             return self._stores[name]

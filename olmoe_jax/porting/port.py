@@ -89,7 +89,7 @@ def port(input, output, *, to, dtype=None, strict=False, announce=print) -> Resu
     leaves = {n: (shape, dtype or own) for n, (shape, own) in source.leaves.items()}
     foreign = None if to == ORBAX else _describe(source, to, dtype, leaves)
     total = sum(safetensors.num_bytes(kind, shape) for shape, kind in leaves.values())
-    _check_disk(output, total)
+    check_disk(output, total)
     warnings = list(foreign.warnings) if foreign else []
     casts = _casts(source.leaves, dtype)
     for line in (*casts, *warnings):
@@ -107,7 +107,7 @@ def port(input, output, *, to, dtype=None, strict=False, announce=print) -> Resu
             job=job,
         )  # fmt: skip
     with target:
-        written, nan, phases = _stream(source, target, leaves, total)
+        written, nan, phases = stream(source, target, leaves, total)
         begin = time.monotonic()
         target.finish()
         phases["finish"] = time.monotonic() - begin
@@ -208,8 +208,19 @@ def _token_ids(source):
     return {}
 
 
-def _stream(source, target, leaves, total):
-    """Moves every pending slab; (bytes written, names with NaN, {phase: seconds})."""
+def stream(source, target, leaves, total, *, description="port"):
+    """Moves every pending slab and shows a progress bar.
+
+    Args:
+      source: has `read(name, window)`, as `sources.Checkpoint`.
+      target: has `pending()` and `write(name, start, array)`, as `targets.Orbax`.
+      leaves: {stored name: (shape, dtype name)} as they are to be written.
+      total: bytes of all of them.
+      description: of the progress bar.
+
+    Returns:
+      (bytes written, names with NaN, {phase: seconds summed over threads}).
+    """
     pending, lock = target.pending(), threading.Lock()
     phases, nan, written = collections.Counter(), set(), 0
     sizes = {
@@ -240,8 +251,9 @@ def _stream(source, target, leaves, total):
         return (stop - start) * sizes[name]
 
     bar = tqdm.tqdm(
-        total=total, initial=total - work, unit="B", unit_scale=True, desc="port", disable=None
-    )
+        total=total, initial=total - work, unit="B", unit_scale=True, desc=description,
+        disable=None,
+    )  # fmt: skip
     with bar, concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
         futures = [pool.submit(move, slab) for slab in pending]
         try:
@@ -293,7 +305,12 @@ def _casts(leaves, dtype):
     ]
 
 
-def _check_disk(output, total):
+def check_disk(output, total):
+    """Refuses to begin where the disk has no room for `total` bytes more at `output`.
+
+    Raises:
+      OSError: it has not.
+    """
     there = pathlib.Path(f"{output}.partial")
     kept = (
         sum(p.stat().st_blocks * 512 for p in there.rglob("*") if p.is_file())
@@ -351,7 +368,7 @@ def check_all(pairs, *, dtype=None):
         elif not os.path.exists(os.path.join(target, manifest.FOLDER)):
             raise FileExistsError(f"{target}: is there but was not ported; delete it")
     if pairs:
-        _check_disk(pathlib.Path(pairs[-1][1]), total)
+        check_disk(pathlib.Path(pairs[-1][1]), total)
 
 
 def table(path) -> list[tuple[str, str, str]]:

@@ -166,7 +166,7 @@ def test_a_kill_leaves_nothing_that_looks_complete_and_keeps_the_slabs(moment, t
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert ended.stdout.split() == [str(i) for i in range(0, 16, 2)]
     assert [p.name for p in tmp_path.iterdir()] == ["model.partial"]
-    with pytest.raises(FileNotFoundError, match="a port that did not finish"):
+    with pytest.raises(FileNotFoundError, match="a port or upcycling that did not finish"):
         checkpoints.find(path)
     ended = _run_killed(path, "never")
     assert (ended.returncode, ended.stderr) == (0, "")  # Orbax has nothing to say

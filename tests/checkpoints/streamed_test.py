@@ -149,7 +149,7 @@ def test_a_checkpoint_of_any_name_is_found_and_loaded(written, same_bits):
 def test_an_unfinished_one_is_refused_with_the_way_on(written):
     path, _, _ = written
     path.rename(path.with_name("copy.partial"))
-    message = "a port that did not finish: run the same port_weights command again"
+    message = "a port or upcycling that did not finish: run the same command again"
     for wanted in (path, path.with_name("copy.partial")):
         for look in (checkpoints.find, sources.kind_of, loading.load, streamed.StreamedReader):
             with pytest.raises(FileNotFoundError, match=message):
