@@ -308,6 +308,13 @@ TRAINING = Family(
 )
 
 UNSUPPORTED = {
+    "gpt2": "learned positions, biases, and an FFN without a gate",
+    "gpt_neox": "biases, norms with biases, partial rotary positions, and an FFN without a gate",
+    "opt": "learned positions, biases, and an FFN without a gate",
+    "phi": "biases, partial rotary positions, and an FFN without a gate",
+    "gemma": "GELU in the gate of its FFN and norms whose weights count from 1",
+    "gemma2": "GELU in the gate of its FFN, norms on both sides of each sublayer and soft caps",
+    "qwen2": "biases of the query, key and value projections",
     "qwen2_moe": "attention biases and a shared expert with a gate",
     "deepseek": "dense layers before the first MoE layer",
     "deepseek_v2": "multi-head latent attention and scaled routing weights",
