@@ -1,3 +1,5 @@
+import dataclasses
+import json
 import math
 import os
 import shutil
@@ -257,3 +259,33 @@ def test_the_reader_says_what_cannot_be_read(written):
     os.remove(path / "params" / "embedding" / ".zarray")
     with pytest.raises(checkpoints.DamagedError, match="checkpoint copy: embedding cannot be read"):
         streamed.StreamedReader(path).read("embedding", 1, 2)
+
+
+def test_a_whole_train_state_is_one_too(run, tmp_path, make_state, same_bits):
+    state = make_state(run.model)
+    arrays = {n: np.asarray(x) for n, x in layout.flatten(state).items()}
+    assert {x.dtype.name for x in arrays.values()} == {"float32", "int32", "uint32"}
+    leaves = {n: (x.shape, x.dtype) for n, x in arrays.items()}
+    record = json.dumps({"config": dataclasses.asdict(run), "step": 7})
+    path = tmp_path / "step7-tokens0K"
+
+    def write(stop_after):
+        with streamed.StreamedWriter(
+            path, leaves, config_json=record, files={}, job={}, item="state"
+        ) as opened:
+            pending = opened.pending()
+            for name, start, stop in pending[:stop_after]:
+                opened.write(
+                    name, start, arrays[name][start:stop] if arrays[name].ndim else arrays[name]
+                )
+            if stop_after is None:
+                opened.finish()
+        return len(pending)
+
+    assert write(9) == write(None) + 9
+    assert same_bits(checkpoints.read_state(path, jax.eval_shape(lambda: state)), state)
+    reader = streamed.StreamedReader(path, item="state")
+    for name, array in arrays.items():
+        assert reader.read(name).tobytes() == array.tobytes()
+    with pytest.raises(FileNotFoundError, match="no folder params; a resume state"):
+        streamed.StreamedReader(path)

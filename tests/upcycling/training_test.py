@@ -14,7 +14,7 @@ from olmoe_jax.checkpoints import layout, naming, streamed
 from olmoe_jax.data import preparation, provenance
 from olmoe_jax.model import transformer
 from olmoe_jax.porting import port
-from olmoe_jax.training import loop, step
+from olmoe_jax.training import loop, runs, step
 from olmoe_jax.upcycling import recipe as recipe_lib
 from olmoe_jax.upcycling import upcycle
 from tests.upcycling import dense
@@ -26,16 +26,14 @@ BATCH = {
     "token_mask": np.ones((16, LENGTH), bool),
     "loss_mask": np.ones((16, LENGTH), bool),
 }
-NO_AUXILIARY = config.LossesConfig(load_balancing_weight=0.0, router_z_weight=0.0)
 
 
-def make_run(model, losses=NO_AUXILIARY):
+def make_run(model):
     return config.Config(
         model=model,
-        losses=losses,
+        losses=config.LossesConfig(load_balancing_weight=0.0, router_z_weight=0.0),
         data=config.DataConfig(sequence_length=LENGTH),
-        optimizer=config.OptimizerConfig(learning_rate=3e-3),
-        training=config.TrainingConfig(batch_size=16, num_steps=9),
+        training=config.TrainingConfig(batch_size=16),
     )
 
 
@@ -95,34 +93,31 @@ def test_normalized_weights_of_equal_copies_teach_the_router_nothing():
         assert np.abs(grads["router"]).max() > 1e-2 * np.abs(grads["w_up"]).max()
 
 
-@pytest.mark.parametrize("method", ["reference", "scaled"])
+@pytest.mark.parametrize("method", recipe_lib.METHODS)
 def test_it_keeps_training_and_the_copies_part(method):
     _, model, params = dense.upcycled(dense.MODEL, method=method)
-    run = make_run(model, config.LossesConfig())
-    state = step.init_state(jax.random.key(0), config=run) | {"params": params}
-    train = jax.jit(
-        functools.partial(step.train_step, model=transformer.Transformer(model), config=run)
-    )
     losses = []
     for _ in range(9):
-        state, metrics = train(state, BATCH)
-        losses.append(float(metrics["loss"]))
+        grads, parts = compiled(make_run(model))(params, BATCH)
+        losses.append(float(parts.cross_entropy))
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
     assert losses[-1] < losses[0] - 0.1
-    after = state["params"]["layers"]["block_0"]["moe"]
-    assert apart(np.asarray(after["w_up"])).min() > 1e-3
+    after = params["layers"]["block_0"]["moe"]
+    for name in ("w_gate", "w_up", "w_down"):
+        assert apart(np.asarray(after[name])).min() > 1e-3
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Workdir of a dense run of 6 steps, with checkpoints and states at 3 and 6."""
-    folder = tmp_path_factory.mktemp("trained")
+def dense_run(tmp_path_factory):
+    """Config of a dense run on a small corpus."""
+    folder = tmp_path_factory.mktemp("corpus")
     lines = [json.dumps({"id": str(i), "text": f"{i * 7919} " * 30}) for i in range(90)]
     (folder / "corpus.jsonl").write_text("\n".join(lines))
     preparation.prepare(
         [str(folder / "corpus.jsonl")], folder / "data", sequence_length=LENGTH, vocab_size=280,
         validation_fraction=0.1, announce=dense.quiet,
     )  # fmt: skip
-    run = config.Config(
+    return config.Config(
         model=dense.change(vocab_size=280, num_layers=2),
         data=config.DataConfig(
             path=str(folder / "data"), sequence_length=LENGTH, validation_windows=4
@@ -131,8 +126,31 @@ def trained(tmp_path_factory):
         training=config.TrainingConfig(num_steps=6, batch_size=4, seed=5),
         checkpoint=config.CheckpointConfig(interval=3),
     )
-    loop.train(run, folder / "run", devices=jax.devices()[:1], announce=dense.quiet)
-    return folder / "run"
+
+
+def write_config(workdir, run):
+    """config.json of a run, as the loop writes it."""
+    data = runs.open_data(run, workdir, dense.quiet)
+    runs.write_config(workdir, run, data=data, peak=(1.0, "none"))
+
+
+@pytest.fixture(scope="module")
+def trained(dense_run, tmp_path_factory):
+    """Workdir of that run with the checkpoints and states of steps 3 and 6, of random numbers."""
+    workdir, rng = tmp_path_factory.mktemp("trained") / "run", np.random.default_rng(0)
+    abstract = jax.eval_shape(
+        functools.partial(step.init_state, config=dense_run), jax.random.key(0)
+    )
+    with checkpoints.Checkpoints(workdir, dense_run, report=dense.quiet) as saver:
+        for number in (3, 6):
+            state = jax.tree.map(
+                lambda x, number=number: jnp.asarray(rng.random(x.shape) + number, x.dtype),
+                abstract,
+            )
+            saver.save_params(number, state["params"])
+            saver.save_state(number, state)
+    write_config(workdir, dense_run)
+    return workdir
 
 
 def carry(source, output, **settings):
@@ -148,28 +166,36 @@ def windows(workdir, steps):
     return [provenance.step_contents(workdir, s).windows for s in steps]
 
 
-@pytest.mark.parametrize("optimizer_state", ["reset", "carry"])
-def test_the_run_goes_on_where_the_dense_one_stopped(optimizer_state, trained, tmp_path):
-    settings = {"method": "normalized", "granularity": 2}
-    if optimizer_state == "carry":
-        carry(trained, tmp_path / "moe", **settings)
-    else:
-        dense.make(trained, tmp_path / "moe", **settings)
-    run = upcycle.read_config(tmp_path / "moe")
-    run = dataclasses.replace(run, training=dataclasses.replace(run.training, num_steps=3))
-    lines = []
-    result = loop.train(run, tmp_path / "run", devices=jax.devices()[:1], announce=lines.append)
-    assert result.finished and any("started from" in line for line in lines)
-    # Its first loss is that of the dense model: what that one's step 6 would have logged.
-    before = [json.loads(line) for line in (trained / "metrics.jsonl").open()][-1]
-    after = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-    assert abs(after[0]["validation/loss"] - before["validation/loss"]) < 1e-5
+def test_the_data_goes_on_where_the_dense_run_stopped(trained, tmp_path):
+    dense.make(trained, tmp_path / "moe")
+    write_config(tmp_path / "run", upcycle.read_config(tmp_path / "moe"))
     old, new = windows(trained, range(6)), windows(tmp_path / "run", range(3))
     assert new == windows(trained, range(6, 9))
     seen = [window for one in old + new for window in one]
     assert len(set(seen)) == len(seen) == 9 * 4
     contents = provenance.step_contents(tmp_path / "run", 0), provenance.step_contents(trained, 6)
     np.testing.assert_array_equal(*(c.batch["tokens"] for c in contents))
+    assert contents[0].rows == contents[1].rows
+
+
+@pytest.mark.slow  # trains twice
+@pytest.mark.parametrize("optimizer_state", ["reset", "carry"])
+def test_the_new_run_begins_with_the_loss_of_the_old_one(optimizer_state, dense_run, tmp_path):
+    devices, settings = jax.devices()[:1], {"method": "normalized", "granularity": 2}
+    loop.train(dense_run, tmp_path / "dense", devices=devices, announce=dense.quiet)
+    upcycler = carry if optimizer_state == "carry" else dense.make
+    upcycler(tmp_path / "dense", tmp_path / "moe", **settings)
+    run = upcycle.read_config(tmp_path / "moe")
+    run = dataclasses.replace(run, training=dataclasses.replace(run.training, num_steps=3))
+    lines = []
+    result = loop.train(run, tmp_path / "run", devices=devices, announce=lines.append)
+    assert result.finished and any("started from" in line for line in lines)
+    before, after = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("dense", "run")
+    )
+    assert abs(after[0]["validation/loss"] - before[-1]["validation/loss"]) < 1e-5
+    assert windows(tmp_path / "run", range(3)) == windows(tmp_path / "dense", range(6, 9))
 
 
 def read_state(path, model):
@@ -250,3 +276,20 @@ def test_a_carried_state_that_was_interrupted_goes_on(trained, tmp_path, monkeyp
     got, want = (read_state(path, result.config.model) for path in (again, whole))
     for name in want:
         np.testing.assert_array_equal(got[name], want[name])
+
+
+def test_a_state_that_is_whole_is_kept_when_the_rest_is_not(trained, tmp_path, monkeypatch):
+    finish = streamed.StreamedWriter.finish
+
+    def fail(self):
+        if self._item == "params":
+            raise KeyboardInterrupt
+        finish(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streamed.StreamedWriter, "finish", fail)
+        with pytest.raises(KeyboardInterrupt):
+            carry(trained, tmp_path / "moe")
+    monkeypatch.setattr(streamed.StreamedWriter, "write", None)  # nothing is written again
+    result = carry(trained, tmp_path / "moe")
+    assert "opt_state/0/count" in read_state(result.state, result.config.model)

@@ -50,9 +50,7 @@ def test_every_kind_of_directory_is_an_input(run, tmp_path):
     ("fields", "settings", "family"),
     [
         ({"qk_norm": False}, {"method": "normalized"}, "mixtral"),
-        ({"norm_position": "post"}, {}, "flex_olmo"),
-        ({"norm_position": "post"}, {"method": "normalized", **PARTS}, "flex_olmo"),
-        ({}, {}, "olmoe"),
+        ({"norm_position": "post"}, PARTS, "flex_olmo"),
     ],
 )
 def test_it_ports_where_a_class_computes_it(fields, settings, family, tmp_path):
@@ -70,7 +68,6 @@ def test_it_ports_where_a_class_computes_it(fields, settings, family, tmp_path):
         ({"qk_norm": False}, {}, "qk_norm=False, not True"),
         ({"norm": "layernorm_nonparametric"}, {}, "norm='layernorm_nonparametric'"),
         ({}, {"shared_expert": True}, "num_shared_experts=1, not 0"),
-        ({}, {"moe_every": 2}, "moe_every=2, not 1"),
     ],
 )
 def test_where_no_class_computes_it_porting_says_why(fields, settings, lacking, tmp_path):
@@ -95,7 +92,7 @@ def test_a_hugging_face_folder_keeps_its_tokenizer_and_end_of_text(tmp_path):
 def test_transformers_computes_the_same_before_and_after(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    model = dense.change(qk_norm=False, init_cutoff=None)
+    model = dense.change(qk_norm=False, init_cutoff=None, d_model=20)  # rows of 16 bytes for torch
     hf = foreign.write_folder(tmp_path / "hf", model=model, dtype="float32", numbers=True)
     dense.make(hf, tmp_path / "moe", method="normalized", **PARTS)
     port.port(tmp_path / "moe", tmp_path / "back", to="huggingface", announce=dense.quiet)
