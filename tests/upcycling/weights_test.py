@@ -96,7 +96,7 @@ def test_the_router_is_normal_and_tied_within_a_group():
     assert not np.array_equal(router, other.read("layers/01/moe/router"))
     _, small = make(num_experts=600, method="scaled")
     std = small.read("layers/01/moe/router").std()
-    assert abs(std * dense.MODEL.d_model**0.5 / 2e-6 - 1) < 0.05
+    assert abs(std * dense.MODEL.d_model**0.5 / recipe_lib.SMALL_LOGITS - 1) < 0.05
 
 
 def test_noise_replaces_half_of_all_entries_by_small_ones():
