@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from olmoe_jax import sharding
+from olmoe_jax.grouped_matmul import dense
 from olmoe_jax.model import norms
 
 # A sequence is cut into this many blocks of queries, of at least SHORTEST: a block reads the keys
@@ -168,7 +169,6 @@ class Attention(nn.Module):
     clip_before_qk_norm: bool
     sliding_window: int | None
     norm_eps: float
-    dtype: jnp.dtype
     kernel_init: nn.initializers.Initializer
 
     @nn.compact
@@ -187,7 +187,7 @@ class Attention(nn.Module):
             kernel = self.param(
                 name, self.kernel_init, (d_model, count * self.head_dim), jnp.float32
             )
-            projected = x @ kernel.astype(self.dtype)
+            projected = dense.product(x, kernel)
             if self.clip_before_qk_norm:
                 projected = self._clip(projected)
             if self.qk_norm and name != "value":
@@ -203,7 +203,7 @@ class Attention(nn.Module):
         mixed = attend(self.sliding_window, query, key, heads["value"], segment_ids)
         mixed = mixed.reshape(b, length, self.num_heads * self.head_dim)
         kernel = self.param("output", self.kernel_init, (mixed.shape[-1], d_model), jnp.float32)
-        return sharding.constrain(mixed @ kernel.astype(self.dtype), "batch", None, None)
+        return sharding.constrain(dense.product(mixed, kernel), "batch", None, None)
 
     def _clip(self, x):
         return x if self.clip_qkv is None else jnp.clip(x, -self.clip_qkv, self.clip_qkv)
