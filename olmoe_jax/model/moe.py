@@ -69,10 +69,11 @@ class MoE(nn.Module):
         weights = {
             name: self.param(name, self.kernel_init, s, jnp.float32) for name, s in shapes.items()
         }
-        y = experts.compute(
-            x, routed, weights, backend=self.expert_backend,
-            capacity_factor=self.capacity_factor, group=self.group,
-        )  # fmt: skip
+        with jax.named_scope("experts"):
+            y = experts.compute(
+                x, routed, weights, backend=self.expert_backend,
+                capacity_factor=self.capacity_factor, group=self.group,
+            )  # fmt: skip
         if self.num_shared_experts:
             width = self.num_shared_experts * f
             y += FeedForward(width, self.kernel_init, name="shared")(x)
