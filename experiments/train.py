@@ -21,7 +21,9 @@ _ALLOW_FULL_DISK = flags.DEFINE_bool(
     "allow_full_disk", False, "Start although all checkpoints will not fit on the disk."
 )
 _PROFILE = flags.DEFINE_string(
-    "profile", None, "Directory for a JAX profiler trace of steps 3 to 5."
+    "profile",
+    None,
+    "Directory for a JAX profiler trace of three steps; prints which part takes which share.",
 )
 
 

@@ -12,7 +12,8 @@ import typing
 import jax
 import jax.numpy as jnp
 
-from olmoe_jax import grouped_matmul, sharding
+from olmoe_jax import sharding
+from olmoe_jax.grouped_matmul import dense
 
 # Tokens (per device) whose float32 logits exist at once. On two cores, vocabulary 4,096, chunks of
 # 512 take 0.9 of the time of one chunk of 2,048: the logits stay nearer to the caches.
@@ -115,13 +116,13 @@ def _cross_entropy_forward(hidden, head, targets, weights):
         is_target = jnp.arange(head.shape[0]) == t[..., None]
         d_logits = jnp.where(is_target, probs - w[..., None], probs).astype(hidden.dtype)
         d_h = jnp.einsum("blv,vd->bld", d_logits, cast)
-        d_head = grouped_matmul.add_outer(d_head, d_logits, h)
-        return (total, sharding.constrain(d_head, "vocab", "d_model")), d_h
+        d_head = dense.add_outer(d_head, d_logits, h)
+        return (total, sharding.constrain(d_head, None, "vocab", "d_model")), d_h
 
-    start = (jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
+    start = (jnp.float32(0), jnp.zeros((1, *head.shape), jnp.float32))
     (total, d_head), d_hidden = jax.lax.scan(one_chunk, start, _chunks(hidden, targets, weights))
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
-    return total, (d_hidden, d_head.astype(head.dtype))
+    return total, (d_hidden, d_head[0].astype(head.dtype))
 
 
 def _cross_entropy_backward(residuals, g):

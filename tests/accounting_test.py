@@ -124,7 +124,7 @@ def test_flops_of_a_moe_layer_equal_xlas_count():
     layer = moe.MoE(
         num_experts=e, num_experts_per_token=e, num_shared_experts=0, d_ff=f,
         router="token_choice", normalize_expert_weights=False, router_dtype=jnp.float32,
-        expert_backend="dense", capacity_factor=1.0, group=0, dtype=jnp.float32,
+        expert_backend="dense", capacity_factor=1.0, group=0,
         kernel_init=jax.nn.initializers.zeros,
     )  # fmt: skip
     x, mask = jnp.zeros((1, tokens, d)), jnp.ones((1, tokens), bool)

@@ -93,7 +93,7 @@ def make_layer(config):
         num_experts=c.num_experts, num_experts_per_token=c.num_experts_per_token,
         num_shared_experts=0, d_ff=c.d_ff, router="token_choice", normalize_expert_weights=False,
         router_dtype=jnp.dtype(c.router_dtype), expert_backend=c.expert_backend,
-        capacity_factor=c.capacity_factor, group=0, dtype=jnp.dtype(c.dtype),
+        capacity_factor=c.capacity_factor, group=0,
         kernel_init=nn.initializers.zeros,
     )  # fmt: skip
 

@@ -16,9 +16,6 @@ import importlib
 import warnings
 
 import jax
-import jax.numpy as jnp
-
-from olmoe_jax.grouped_matmul import cpu_kernel
 
 # Name → module; imported when first used, as some need a library.
 BACKENDS = {
@@ -57,34 +54,6 @@ def outer(left, right, counts, *, dtype, backend):
       [e, d, f]; zeros where a group has no row.
     """
     return _module(backend).outer(left, right, counts, dtype=dtype)
-
-
-def add_outer(total, left, right):
-    """total + leftᵀ · right, over all rows as one group: the gradient of a dense layer.
-
-    XLA's own product on a CPU transposes bfloat16 operands first, at half the speed; the compiled
-    kernel, where it is, adds in place.
-
-    Args:
-      total: float32 [d, f].
-      left: [..., d]; right: [..., f], of the same dtype.
-    Returns:
-      float32 [d, f].
-    """
-    left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
-
-    def product(total, left, right):
-        return total + jnp.matmul(left.T, right, preferred_element_type=jnp.float32)
-
-    def kernel(total, left, right):
-        counts = jnp.full(1, left.shape[0], jnp.int32)
-        return cpu_kernel.outer(left, right, counts, dtype=jnp.float32, init=total[None])[0]
-
-    mesh = jax.sharding.get_abstract_mesh()
-    one_device = mesh.empty or mesh.size == 1  # the partitioner cannot cut a compiled kernel
-    if left.dtype != jnp.bfloat16 or not one_device or missing("kernel") is not None:
-        return product(total, left, right)
-    return jax.lax.platform_dependent(total, left, right, cpu=kernel, default=product)
 
 
 def resolve(platform=None) -> str:

@@ -90,6 +90,8 @@ class _Block(typing.NamedTuple):
 
 def _over_sized_blocks(counts, n, body, carry):
     """carry = body(block, carry) for every block that has rows, the largest first."""
+    if n == 0:
+        return carry
     sizes = _sizes(n, counts.shape[0])
     plan, used = _plan(counts, n, sizes[-1])
     # Term by term: an array of sizes may be empty, which shard_map's lowering does not take.
@@ -111,6 +113,8 @@ def _over_sized_blocks(counts, n, body, carry):
 
 def _over_static_blocks(counts, n, body, carry):
     """The same with one size and a fixed number of blocks, some of them without rows."""
+    if n == 0:
+        return carry
     size = min(n, STATIC_SIZE)
     plan, _ = _plan(counts, n, size)
     return lax.scan(lambda c, block: (body(_Block(size, *block), c), None), carry, plan)[0]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from olmoe_jax import sharding
+from olmoe_jax.grouped_matmul import dense
 from olmoe_jax.model import norms
 
 # A sequence is cut into this many blocks of queries, of at least SHORTEST: a block reads the keys
@@ -88,19 +89,20 @@ def _attend_backward(window, residuals, d_mixed):
     drift = d_mixed.astype(jnp.float32) * mixed.astype(jnp.float32)
     drift = jnp.sum(drift, axis=-1, keepdims=True)
     d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    # Scores lie as [s, r, q]: of the five products one then has to transpose them, not two.
+    turned = lambda x: jnp.moveaxis(x, 4, 2)  # noqa: E731
     for start, stop, first in _blocks(q.shape[3], window):
         block = lambda x: x[:, :, :, start:stop]  # noqa: B023, E731
         keys = (slice(None), slice(None), slice(first, stop))
-        # Scores lie as [s, q]: of the five products one then has to transpose them, not two.
-        row = lambda x: jnp.swapaxes(block(x), 3, 4)  # noqa: B023, E731
-        visible = jnp.swapaxes(_visible(start, stop, first, window, segment_ids), -1, -2)
-        scores = _product("bgsc,bgrqc->bgrsq", k[keys], block(q))
-        probs = jnp.where(visible, jnp.exp(scores * scale - row(normaliser)), 0)
-        d_probs = _product("bgsc,bgrqc->bgrsq", v[keys], block(d_mixed))
-        d_scores = (probs * (d_probs - row(drift)) * scale).astype(q.dtype)
-        d_q.append(_product("bgrsq,bgsc->bgrqc", d_scores, k[keys]))
-        d_k = d_k.at[keys].add(_product("bgrsq,bgrqc->bgsc", d_scores, block(q)))
-        d_v = d_v.at[keys].add(_product("bgrsq,bgrqc->bgsc", probs.astype(v.dtype), block(d_mixed)))
+        visible = turned(_visible(start, stop, first, window, segment_ids))
+        scores = _contract(k[keys], block(q), (3, 4))
+        probs = jnp.where(visible, jnp.exp(scores * scale - turned(block(normaliser))), 0)
+        d_probs = _contract(v[keys], block(d_mixed), (3, 4))
+        d_scores = (probs * (d_probs - turned(block(drift))) * scale).astype(q.dtype)
+        d_q.append(_contract(d_scores, k[keys], (2, 2)))
+        d_k = d_k.at[keys].add(_contract(d_scores, block(q), ((3, 4), (2, 3))))
+        probs = probs.astype(v.dtype)
+        d_v = d_v.at[keys].add(_contract(probs, block(d_mixed), ((3, 4), (2, 3))))
     d_q = jnp.concatenate([x.astype(query.dtype) for x in d_q], axis=3)
     d_k, d_v = (jnp.swapaxes(x.astype(key.dtype), 1, 2) for x in (d_k, d_v))
     return _by_position(d_q), d_k, d_v, None
@@ -118,12 +120,12 @@ def _blocks(length, window):
 
 
 def _visible(start, stop, first, window, segment_ids):
-    """Whether a block's queries see keys first … stop: bool [q, s], with segments
-    [b, 1, 1, q, s]."""
+    """Whether a block's queries see keys first … stop: bool [b or 1, 1, 1, q, s]."""
     queries, keys = jnp.arange(start, stop)[:, None], jnp.arange(first, stop)[None]
     visible = keys <= queries
     if window is not None:
         visible &= keys > queries - window
+    visible = visible[None, None, None]
     if segment_ids is not None:
         same = segment_ids[:, start:stop, None] == segment_ids[:, None, first:stop]
         visible &= same[:, None, None]
@@ -148,6 +150,13 @@ def _product(letters, x, y):
     return jnp.einsum(letters, x, y, preferred_element_type=jnp.float32)
 
 
+def _contract(x, y, axes):
+    """The product over these axes of x and of y, batched over [b, g], in dot_general's own order of
+    the axes that are left: einsum may swap x and y, and the result then has to be transposed."""
+    axes = tuple((a,) if isinstance(a, int) else a for a in axes)
+    return jax.lax.dot_general(x, y, (axes, ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+
+
 class Attention(nn.Module):
     """Multi-head attention, without norm and residual around it.
 
@@ -168,7 +177,6 @@ class Attention(nn.Module):
     clip_before_qk_norm: bool
     sliding_window: int | None
     norm_eps: float
-    dtype: jnp.dtype
     kernel_init: nn.initializers.Initializer
 
     @nn.compact
@@ -187,7 +195,7 @@ class Attention(nn.Module):
             kernel = self.param(
                 name, self.kernel_init, (d_model, count * self.head_dim), jnp.float32
             )
-            projected = x @ kernel.astype(self.dtype)
+            projected = dense.product(x, kernel)
             if self.clip_before_qk_norm:
                 projected = self._clip(projected)
             if self.qk_norm and name != "value":
@@ -203,7 +211,7 @@ class Attention(nn.Module):
         mixed = attend(self.sliding_window, query, key, heads["value"], segment_ids)
         mixed = mixed.reshape(b, length, self.num_heads * self.head_dim)
         kernel = self.param("output", self.kernel_init, (mixed.shape[-1], d_model), jnp.float32)
-        return sharding.constrain(mixed @ kernel.astype(self.dtype), "batch", None, None)
+        return sharding.constrain(dense.product(mixed, kernel), "batch", None, None)
 
     def _clip(self, x):
         return x if self.clip_qkv is None else jnp.clip(x, -self.clip_qkv, self.clip_qkv)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from olmoe_jax import sharding
+from olmoe_jax.grouped_matmul import dense
 from olmoe_jax.model import experts, routing
 from olmoe_jax.model.experts import slots
 
@@ -13,7 +14,6 @@ class FeedForward(nn.Module):
     """SwiGLU: (silu(x @ w_gate) · (x @ w_up)) @ w_down, without biases."""
 
     d_ff: int
-    dtype: jnp.dtype
     kernel_init: nn.initializers.Initializer
 
     @nn.compact
@@ -22,8 +22,8 @@ class FeedForward(nn.Module):
         w_gate = self.param("w_gate", self.kernel_init, (d, self.d_ff), jnp.float32)
         w_up = self.param("w_up", self.kernel_init, (d, self.d_ff), jnp.float32)
         w_down = self.param("w_down", self.kernel_init, (self.d_ff, d), jnp.float32)
-        hidden = slots.swiglu(x @ w_gate.astype(self.dtype), x @ w_up.astype(self.dtype))
-        return hidden @ w_down.astype(self.dtype)
+        hidden = slots.swiglu(dense.product(x, w_gate), dense.product(x, w_up))
+        return dense.product(hidden, w_down)
 
 
 class MoE(nn.Module):
@@ -43,7 +43,6 @@ class MoE(nn.Module):
     expert_backend: str
     capacity_factor: float
     group: int
-    dtype: jnp.dtype
     kernel_init: nn.initializers.Initializer
 
     @nn.compact
@@ -70,11 +69,12 @@ class MoE(nn.Module):
         weights = {
             name: self.param(name, self.kernel_init, s, jnp.float32) for name, s in shapes.items()
         }
-        y = experts.compute(
-            x, routed, weights, backend=self.expert_backend,
-            capacity_factor=self.capacity_factor, group=self.group,
-        )  # fmt: skip
+        with jax.named_scope("experts"):
+            y = experts.compute(
+                x, routed, weights, backend=self.expert_backend,
+                capacity_factor=self.capacity_factor, group=self.group,
+            )  # fmt: skip
         if self.num_shared_experts:
             width = self.num_shared_experts * f
-            y += FeedForward(width, self.dtype, self.kernel_init, name="shared")(x)
+            y += FeedForward(width, self.kernel_init, name="shared")(x)
         return sharding.constrain(y, "batch", None, None), routed

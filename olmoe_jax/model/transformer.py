@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from olmoe_jax import config as config_lib
 from olmoe_jax import sharding
+from olmoe_jax.grouped_matmul import dense
 from olmoe_jax.model import attention, experts, moe, norms, routing
 
 
@@ -54,7 +55,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, positions, segment_ids, token_mask):
-        c, dtype, init = self.config, jnp.dtype(self.config.dtype), _kernel_init(self.config)
+        c, init = self.config, _kernel_init(self.config)
         attention_norm, ffn_norm = (
             norms.NORMS[c.norm](c.norm_eps, name=name) for name in ("attention_norm", "ffn_norm")
         )
@@ -64,7 +65,7 @@ class Block(nn.Module):
             rope_theta=c.rope_theta, qk_norm=c.qk_norm, qk_norm_per_head=c.qk_norm_per_head,
             clip_qkv=c.clip_qkv, clip_before_qk_norm=c.clip_before_qk_norm,
             sliding_window=c.sliding_window, norm_eps=c.norm_eps,
-            dtype=dtype, kernel_init=init, name="attention",
+            kernel_init=init, name="attention",
         )(attention_norm(x) if pre else x, positions, segment_ids)  # fmt: skip
         x += mixed if pre else attention_norm(mixed)
         h = ffn_norm(x) if pre else x
@@ -75,10 +76,10 @@ class Block(nn.Module):
                 normalize_expert_weights=c.normalize_expert_weights,
                 router_dtype=jnp.dtype(c.router_dtype), expert_backend=c.expert_backend,
                 capacity_factor=c.capacity_factor, group=self.routing_group,
-                dtype=dtype, kernel_init=init, name="moe",
+                kernel_init=init, name="moe",
             )(h, token_mask)  # fmt: skip
         else:
-            y = moe.FeedForward(c.d_ff, dtype, init, name="ffn")(h)
+            y = moe.FeedForward(c.d_ff, init, name="ffn")(h)
         x += y if pre else ffn_norm(y)
         rms = jnp.sqrt(jnp.mean(jnp.square(jax.lax.stop_gradient(x).astype(jnp.float32))))
         return x, routed, rms
@@ -93,7 +94,9 @@ def _saved(remat):
         return policies.save_only_these_names(*names)
     return policies.save_from_both_policies(
         policies.dots_with_no_batch_dims_saveable,
-        policies.save_only_these_names(*names, *attention.SAVED_NAMES, *experts.SAVED_NAMES),
+        policies.save_only_these_names(
+            *names, *dense.SAVED_NAMES, *attention.SAVED_NAMES, *experts.SAVED_NAMES
+        ),
     )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from olmoe_jax import accounting, checkpoints, loading, sharding
 from olmoe_jax.data import pipeline
 from olmoe_jax.model import transformer
-from olmoe_jax.training import machine, preflight, runs, validation
+from olmoe_jax.training import machine, preflight, profiling, runs, validation
 from olmoe_jax.training import metrics as metrics_lib
 from olmoe_jax.training import step as step_lib
 
@@ -155,7 +155,7 @@ def train(
       workdir: the run's directory; created if absent.
       dry_run: stop after printing what the run will take.
       allow_full_disk: start even if the checkpoints will not fit.
-      profile: directory for a JAX profiler trace of a few steps, or None.
+      profile: directory for a JAX profiler trace of a few steps (see `profiling`), or None.
       devices: what the mesh is made of; default all.
       announce: called with each line meant for a person.
     Raises:
@@ -167,6 +167,7 @@ def train(
     workdir = pathlib.Path(os.path.expanduser(workdir))
     if jax.process_index():
         announce = lambda line: None  # noqa: E731
+    profiler = profiling.Profile(profile, announce)
     mesh = sharding.make_mesh(config.mesh, devices)
     _check_batch(config, mesh)
     model = transformer.Transformer(config.model, routing_group=config.losses.load_balancing_group)
@@ -202,7 +203,7 @@ def train(
         with metrics_lib.MetricsWriter(workdir, step) as writer:
             return _loop(
                 config, state, step, model=model, mesh=mesh, data=data, saver=saver, writer=writer,
-                stop=stop, peak=peak, profile=profile, announce=announce,
+                stop=stop, peak=peak, profiler=profiler, announce=announce,
             )  # fmt: skip
 
 
@@ -213,7 +214,9 @@ def _counting_share(config):
     return (flops.forward - head) / flops.training
 
 
-def _loop(config, state, first, *, model, mesh, data, saver, writer, stop, peak, profile, announce):
+def _loop(
+    config, state, first, *, model, mesh, data, saver, writer, stop, peak, profiler, announce
+):  # fmt: skip
     batch_sharding, batch_size = sharding.batch_sharding(mesh), config.training.batch_size
     rows = _rows_of_this_process(batch_sharding, batch_size)
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
@@ -231,7 +234,7 @@ def _loop(config, state, first, *, model, mesh, data, saver, writer, stop, peak,
     recorder = _Recorder(config, writer, peak, mesh.size, announce)
     num_steps, interval = config.training.num_steps, config.checkpoint.interval
     source = iter(batches.iterate(first))
-    step, tracing = first, False
+    step = first
     try:
         while True:
             extra = {}
@@ -259,22 +262,17 @@ def _loop(config, state, first, *, model, mesh, data, saver, writer, stop, peak,
                 next(source), batch_sharding, names=step_lib.TRAINING_FIELDS,
                 batch_size=batch_size, first_row=rows.start,
             )  # fmt: skip
-            if profile and step == first + 3:
-                jax.profiler.start_trace(str(profile))
-                tracing = True
+            train_step = profiler.compile(train_step, state, batch)
+            profiler.before(step - first)
             state, metrics = train_step(state, batch)
-            if tracing and step == first + 5:
-                jax.block_until_ready(metrics)
-                jax.profiler.stop_trace()
-                tracing = False
+            profiler.after(step - first, metrics)
             recorder.add(step, metrics, extra)
             step += 1
     except BaseException:
         recorder.discard()
         raise
     finally:
-        if tracing:
-            jax.profiler.stop_trace()
+        profiler.close()
     recorder.flush()
     saver.wait()
     return Result(step=step, finished=True, record=recorder.last)

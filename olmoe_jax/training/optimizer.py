@@ -120,6 +120,20 @@ def apply(params, updates, rate):
     )
 
 
+def update(config, grads, state, params, rate):
+    """One step of `make_optimizer`, applied: (new params, new state)."""
+    adamw = make_optimizer(config)
+    updates, new_state = adamw.update(grads, state, params)
+    new_params = apply(params, updates, rate)
+    if any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(state)):
+        # The update is made of moments before they are rounded, so XLA computes it from the old
+        # ones, and copies all of those first for the new ones to take their place. Computed again
+        # behind the parameters they need no copy: of work A's step 80 ms and 240 MB less.
+        old, new_params = jax.lax.optimization_barrier((state, new_params))
+        _, new_state = adamw.update(grads, old, params)
+    return new_params, new_state
+
+
 class Norms(typing.NamedTuple):
     """L2 norms of a gradient tree, float32.
 
@@ -140,8 +154,9 @@ def clip(grads, norm, clip_norm):
     A NaN anywhere makes every clipped gradient NaN, as in torch; the caller reports the norm.
     """
     scale = jnp.minimum(1.0, clip_norm / (norm + CLIP_EPSILON))
-    # One number, made once: fused into the update it would be computed anew for every element.
-    scale = jax.lax.optimization_barrier(scale)
+    # One number, made once: fused into the update it would be computed anew for every element. And
+    # gradients that are widened here, not once for the norms too: that would be written down.
+    scale, grads = jax.lax.optimization_barrier((scale, grads))
     return jax.tree.map(lambda g: g.astype(jnp.float32) * scale, grads)
 
 

@@ -96,9 +96,9 @@ def _objective(params, micro, whole_batch, *, model, config, totals):
     features = _features(model, params, micro)
     targets, weights = losses.next_token_targets(micro["tokens"], micro["loss_mask"])
     head = transformer.head_weights(params)
-    cross_entropy = (
-        losses.cross_entropy_sum(features.hidden, head, targets, weights) / totals.targets
-    )
+    with jax.named_scope("head"):
+        nats = losses.cross_entropy_sum(features.hidden, head, targets, weights)
+    cross_entropy = nats / totals.targets
     square = jnp.square(features.layer_rms) / config.training.micro_batches
     if features.routing is None:
         zero = jnp.float32(0)
@@ -218,14 +218,15 @@ def train_step(state, batch, *, model, config):
       update.
     """
     grads, parts = loss_and_gradient(state["params"], batch, model=model, config=config)
-    norms = optimizer.global_norms(grads)
-    grads = optimizer.clip(grads, norms.total, config.optimizer.clip_norm)
-    updates, opt_state = optimizer.make_optimizer(config.optimizer).update(
-        grads, state["opt_state"], state["params"]
-    )
     rate = optimizer.learning_rate(
         config.optimizer, state["step"], config.tokens_per_step, config.training.num_steps
     )
+    with jax.named_scope("optimizer"):
+        norms = optimizer.global_norms(grads)
+        grads = optimizer.clip(grads, norms.total, config.optimizer.clip_norm)
+        params, opt_state = optimizer.update(
+            config.optimizer, grads, state["opt_state"], state["params"], rate
+        )
     metrics = {
         "loss": parts.cross_entropy,
         "learning_rate": rate,
@@ -244,7 +245,7 @@ def train_step(state, batch, *, model, config):
             "load": parts.load / jnp.maximum(jnp.sum(parts.load, axis=-1, keepdims=True), 1),
         }
     new_state = {
-        "params": optimizer.apply(state["params"], updates, rate),
+        "params": params,
         "opt_state": opt_state,
         "step": state["step"] + 1,
         "rng": state["rng"],

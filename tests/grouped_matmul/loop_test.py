@@ -184,3 +184,10 @@ def test_random_loads(n, stops, seed):
     inputs = _inputs(seed, n=n, e=3)
     results = _all_three(*inputs, jnp.array(counts, jnp.int32))
     _check(results, _reference(*inputs, counts), FP32_SUM)
+
+
+def test_no_row_at_all_gives_zero_gradients():
+    rows, other, counts = jnp.zeros((0, 5)), jnp.zeros((0, 3)), jnp.zeros(2, jnp.int32)
+    forward, back, product = _all_three(rows, jnp.ones((2, 5, 3)), other, counts)
+    assert (forward.shape, back.shape, product.shape) == ((0, 3), (0, 5), (2, 5, 3))
+    assert not product.any()

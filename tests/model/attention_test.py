@@ -20,7 +20,7 @@ def _module(num_kv_heads=KV_HEADS, qk_norm=True, clip_qkv=None, window=None, **c
     return attention.Attention(
         num_heads=HEADS, num_kv_heads=num_kv_heads, head_dim=HEAD_DIM, rope_theta=THETA,
         qk_norm=qk_norm, clip_qkv=clip_qkv, sliding_window=window, norm_eps=1e-5,
-        dtype=jnp.float32, kernel_init=nn.initializers.normal(0.7), **options,
+        kernel_init=nn.initializers.normal(0.7), **options,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ def _module(**changes):
     options = {
         "num_experts": E, "num_experts_per_token": K, "num_shared_experts": 0, "d_ff": F,
         "router": "token_choice", "normalize_expert_weights": False, "router_dtype": jnp.float32,
-        "expert_backend": "dense", "capacity_factor": 1.0, "group": 0, "dtype": jnp.float32,
+        "expert_backend": "dense", "capacity_factor": 1.0, "group": 0,
         "kernel_init": nn.initializers.zeros,
     }  # fmt: skip
     return moe.MoE(**(options | changes))
@@ -44,7 +44,7 @@ def test_output_is_that_of_the_chosen_and_the_shared_experts(shared):
 
 def test_a_bf16_model_has_exact_router_logits():
     """Of its bf16 activations and the float32 router: neither rounded again, nor the result."""
-    module = _module(dtype=jnp.bfloat16)
+    module = _module()
     x, mask, params = _inputs(module)
     x = jnp.asarray(x, jnp.bfloat16)
     y, routed = module.apply({"params": params}, x, mask)
@@ -54,7 +54,7 @@ def test_a_bf16_model_has_exact_router_logits():
 
 
 def test_the_bf16_router_rounds_weights_and_logits():
-    module = _module(dtype=jnp.bfloat16, router_dtype=jnp.bfloat16)
+    module = _module(router_dtype=jnp.bfloat16)
     x, mask, params = _inputs(module)
     x = jnp.asarray(x, jnp.bfloat16)
     _, routed = module.apply({"params": params}, x, mask)

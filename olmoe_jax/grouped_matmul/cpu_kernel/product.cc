@@ -9,6 +9,8 @@ namespace {
 constexpr int kTileColumns = 2 * kLanes;
 constexpr int kRowStride = kMaxDepth + 16;  // of A packed by rows; not a power of two: cache sets
 constexpr int kDepthStride = kLanes;        // of A packed by k
+static_assert(kPackedA >= kMaxRows * kRowStride, "packed by rows");
+static_assert(kPackedA >= kMaxRows / kTileRows * kMaxDepth * kDepthStride, "packed by k");
 
 // Where a tile's sums come from and go to.
 struct Place {
@@ -58,7 +60,8 @@ void finish_columns(const float* sums, int rows, int64_t columns, const Place& p
     }
     void* target = p.write;
     p.write = line;
-    for (int j = 0; j < kTileColumns; j += kLanes) finish(load(sums + r * kTileColumns + j), p, 0, j);
+    const float* row = sums + r * kTileColumns;
+    for (int j = 0; j < kTileColumns; j += kLanes) finish(load(row + j), p, 0, j);
     memcpy(target, line, columns * sizeof(T));
   }
 }
@@ -116,7 +119,8 @@ void tile(const float* a, const float* b, int64_t depth, int64_t columns, const 
 using Tile = void (*)(const float*, const float*, int64_t, int64_t, const Place&);
 
 template <bool pairs, bool by_k, int Rows>
-constexpr Tile tile_of = by_k ? tile<pairs, Rows, 1, kDepthStride> : tile<pairs, Rows, kRowStride, 1>;
+constexpr Tile tile_of =
+    by_k ? tile<pairs, Rows, 1, kDepthStride> : tile<pairs, Rows, kRowStride, 1>;
 
 // By the number of rows: the last tile of a block computes no row that is not there.
 template <bool pairs, bool by_k>
@@ -205,7 +209,7 @@ void multiply(const Product& p, char* scratch) {
   using Element = typename In::Element;
   constexpr bool pairs = In::kPerWord == 2;
   float* packed_a = reinterpret_cast<float*>(scratch);
-  float* packed_b = packed_a + kMaxRows * kRowStride;
+  float* packed_b = packed_a + kPackedA;
   float* sums = packed_b + 32 * kMaxDepth;
   const auto* a = static_cast<const Element*>(p.a);
   const auto* b = static_cast<const Element*>(p.b);

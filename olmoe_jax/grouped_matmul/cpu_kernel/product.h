@@ -26,9 +26,11 @@ constexpr int64_t kMaxRows = 336;
 constexpr int64_t kMaxColumns = 256;
 // k is cut into pieces of at most so many 32-bit words (a float32, or two bfloat16).
 constexpr int64_t kMaxDepth = 512;
+// Words of A packed. By k, the rows of a tile are padded to whole vectors: 14 to 16, or 6 to 8,
+// which is more than what packing by rows puts behind each row.
+constexpr int64_t kPackedA = kMaxRows * kMaxDepth * 8 / 6;
 // Memory that a call needs, aligned to 64 bytes: A packed, 32 columns of B packed, sums.
-constexpr size_t kScratchBytes =
-    4 * (kMaxRows * (kMaxDepth + 16) + 32 * kMaxDepth + kMaxRows * kMaxColumns);
+constexpr size_t kScratchBytes = 4 * (kPackedA + 32 * kMaxDepth + kMaxRows * kMaxColumns);
 
 using Multiply = void (*)(const Product&, char* scratch);
 void multiply_avx512_bf16(const Product&, char* scratch);
