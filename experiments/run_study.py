@@ -47,7 +47,9 @@ def main(argv):
     seeds = None if _SEEDS.value is None else tuple(_number(text) for text in _SEEDS.value)
     app.tune_allocator()
     app.start_distributed()
-    from olmoe_jax.studies import protocol, report, runner  # JAX starts after the two lines above
+    import jax  # starts after the two lines above
+
+    from olmoe_jax.studies import protocol, report, runner
 
     workdir = pathlib.Path(os.path.expanduser(_WORKDIR.value))
     _share_compiled_programs()
@@ -79,6 +81,8 @@ def main(argv):
     if left := plan.remaining:
         print(f"\n{len(left)} runs are not done yet: " + ", ".join(f"{a} {s}" for a, s in left))
         app.write_json({"study": study.name, "remaining": left})
+        return 0
+    if jax.process_index():
         return 0
     content = report.write(plan, protocol=followed, notes=notes)
     print(f"\n{report.text(content)}")

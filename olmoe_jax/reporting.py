@@ -237,7 +237,8 @@ function draw() {
       legend: {orientation: "h", y: 1.02, yanchor: "bottom", x: 0},
       modebar: {bgcolor: "rgba(0,0,0,0)", color: grid, activecolor: text, orientation: "v"},
       xaxis: {...axis(chart.x_title), type: chart.log_x ? "log" : undefined},
-      yaxis: {...axis(chart.y_title), zeroline: chart.zero_line, zerolinecolor: text}};
+      yaxis: {...axis(chart.y_title), zeroline: chart.zero_line, zerolinecolor: text,
+        rangemode: chart.zero_line ? "tozero" : "normal"}};
     Plotly.react("chart-" + i, chart.series.flatMap(traces), layout,
       {responsive: true, displaylogo: false});
   });

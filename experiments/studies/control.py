@@ -20,9 +20,7 @@ STUDY = studies.Study(
         ),
     ),
     outcomes=(
-        studies.Outcome(
-            arm="worse", against="base", expected="higher", paper="planted, must be higher"
-        ),
-        studies.Outcome(arm="same", against="base", expected="equal", paper="must be equal"),
+        studies.Outcome(arm="worse", against="base", expected="higher"),
+        studies.Outcome(arm="same", against="base", expected="equal"),
     ),
 )

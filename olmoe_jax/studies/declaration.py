@@ -72,10 +72,10 @@ class Outcome:
         has spent ("tokens", training "flops", or "seconds") when it first has the metric that
         `against` ends with, over what `against` spends in all.
       expected: the paper's direction of the difference ("lower", "higher", "equal"); of a ratio
-        "lower" is below 1. None: nothing is published.
-      paper: the paper's outcome in words, with its numbers.
-      smallest_effect: differences below it do not matter: the unit of the metric, or of a ratio its
-        natural logarithm (0.05: about 5 %).
+        "lower" is below 1. None: nothing is expected.
+      paper: the paper's outcome in words, with its numbers; empty where `expected` is no paper's.
+      smallest_effect: differences below it do not matter; in the unit of the metric, or of a ratio
+        its natural logarithm (0.05: about 5 %).
     """
 
     arm: str

@@ -30,8 +30,9 @@ def write(plan, *, protocol=None, notes=(), announce=print) -> dict:
         for arm in plan.configs
         for seed in plan.seeds
     }
-    findings = [verdict.judge(outcome, found) for outcome in plan.study.outcomes]
     baseline = bigram_baseline(plan, announce)
+    bigram_loss = baseline["validation/bigram_loss"]
+    findings = [verdict.judge(o, found, bigram_loss=bigram_loss) for o in plan.study.outcomes]
     content = summary(plan, found, findings, baseline, protocol, notes)
     runner.write_json(plan.workdir / DATA, content)
     reporting.write(plan.workdir / PAGE, page.build(plan, found, findings, content))
@@ -57,7 +58,6 @@ def summary(plan, found, findings, baseline, protocol, notes) -> dict:
     arms = {}
     for arm in plan.configs:
         mine = [found[arm, seed] for seed in plan.seeds]
-        losses = [run.final("validation/loss") for run in mine if not run.problem]
         arms[arm] = {
             "cost": dataclasses.asdict(equality.cost(plan.configs[arm])),
             "learning_rate": plan.configs[arm].optimizer.learning_rate,
@@ -68,7 +68,7 @@ def summary(plan, found, findings, baseline, protocol, notes) -> dict:
                 for metric in metric_names(plan.study)
             },
             "health": health(mine),
-            "beats_bigram": bool(losses) and max(losses) < bigram_loss,
+            "beats_bigram": verdict.is_below(bigram_loss, mine),
             "diverged": {str(run.seed): run.problem for run in mine if run.problem},
         }
     return {

@@ -204,6 +204,7 @@ def make_runs(plan, *, arm=None, seed=None, devices=None, announce=print) -> int
     if seed is not None and seed not in plan.seeds:
         raise ValueError(f"--seed={seed}: the seeds are {list(plan.seeds)}")
     write_marker(plan)
+    _check_domains(plan, announce)
     wanted = [(a, s) for a, s in plan.remaining if arm in (None, a) and seed in (None, s)]
     for number, (name, number_seed) in enumerate(wanted, start=1):
         announce(f"\n{plan.study.name}: {name}, seed {number_seed} ({number} of {len(wanted)})")
@@ -217,6 +218,24 @@ def make_runs(plan, *, arm=None, seed=None, devices=None, announce=print) -> int
         if stopped is not None:
             return stopped
     return None
+
+
+def _check_domains(plan, announce):
+    """Refuses an outcome about a domain that the data do not have."""
+    metrics_of_domains = [o.metric for o in plan.study.outcomes if declaration.domain_of(o.metric)]
+    if not metrics_of_domains:
+        return
+    arm, seed = next(iter(plan.configs)), plan.seeds[0]
+    path, config = plan.path(arm, seed), plan.config(arm, seed)
+    share_data(plan.workdir, path, config, announce)
+    domains = runs.open_data(config, path, announce).info.domains
+    for metric in metrics_of_domains:
+        if (domain := declaration.domain_of(metric)) not in domains:
+            near = declaration.nearest(domain, domains)
+            raise ValueError(
+                f"study {plan.study.name}: metric is {metric!r}: the data have no domain "
+                f"{domain!r}{near}: {', '.join(domains)}"
+            )
 
 
 def make_run(workdir, path, config, *, devices=None, announce=print) -> int | None:
@@ -267,6 +286,10 @@ def claim(path):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if jax.process_count() > 1:  # the others of this job would wait for ever
+                raise ValueError(
+                    f"{path}: another job is at it; give each job its --arm and --seed"
+                ) from None
             yield False
         else:
             yield True

@@ -10,7 +10,9 @@ from olmoe_jax.studies import declaration, equality, results, statistics
 AGREES = "agrees with the paper"
 DISAGREES = "disagrees with the paper"
 UNDECIDED = "not decidable at this scale"
-UNPUBLISHED = "decided; nothing is published to compare with"
+AS_EXPECTED = "as expected"
+UNEXPECTED = "not as expected"
+DECIDED = "decided"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,8 @@ class Finding:
         where it does not apply. Shown apart: it says nothing about seeds.
       missing: seed → why it has no effect.
       seeds_needed: so many would decide with 80 % probability; None if decided or unknown.
-      agreement: one of AGREES, DISAGREES, UNDECIDED, UNPUBLISHED.
+      agreement: AGREES, DISAGREES, UNDECIDED; of an outcome without a paper AS_EXPECTED,
+        UNEXPECTED, UNDECIDED; of one that expects nothing DECIDED, UNDECIDED.
       words: the verdict in one or two sentences.
     """
 
@@ -39,12 +42,14 @@ class Finding:
     words: str
 
 
-def judge(outcome, runs) -> Finding:
+def judge(outcome, runs, *, bigram_loss=None) -> Finding:
     """The Finding of an outcome.
 
     Args:
       outcome: an Outcome.
       runs: (arm, seed) → results.Run; seeds that have only one of the two arms are left out.
+      bigram_loss: validation loss of a bigram model. Arms that are not below it with every seed
+        say nothing about a paper: that is then not decidable, whatever the interval.
     Raises:
       ValueError: a run has not recorded the metric; or no seed has both arms.
     """
@@ -59,13 +64,18 @@ def judge(outcome, runs) -> Finding:
             missing[seed] = f"{diverged[0].arm} diverged ({diverged[0].problem})"
         elif (effect := _effect(outcome, run, other)) is None:
             missing[seed] = (
-                f"{run.arm} does not reach the final {outcome.metric} of {other.arm} "
-                f"({other.final(outcome.metric):.4f}; it ends at {run.final(outcome.metric):.4f})"
+                f"ends at {run.final(outcome.metric):.4f} without having reached "
+                f"{other.final(outcome.metric):.4f}"
             )
         else:
             effects[seed] = effect
     interval = statistics.t_interval(list(effects.values())) if effects else None
     agreement, needed = _decide(outcome, interval, missing)
+    weak = []
+    if bigram_loss is not None and outcome.paper:
+        weak = [arm for arm in (outcome.arm, outcome.against)
+                if not is_below(bigram_loss, [runs[arm, seed] for seed in seeds])]  # fmt: skip
+        agreement = UNDECIDED if weak else agreement
     return Finding(
         outcome=outcome,
         effects=effects,
@@ -74,8 +84,13 @@ def judge(outcome, runs) -> Finding:
         missing=missing,
         seeds_needed=needed,
         agreement=agreement,
-        words=_words(outcome, effects, interval, missing, agreement, needed),
+        words=_words(outcome, effects, interval, missing, agreement, needed, weak, bigram_loss),
     )
+
+
+def is_below(loss, runs) -> bool:
+    """Whether the final validation loss of every run is below `loss`; diverged ones are not."""
+    return all(not run.problem and run.final("validation/loss") < loss for run in runs)
 
 
 def _effect(outcome, run, other):
@@ -120,17 +135,18 @@ def _decide(outcome, interval, missing):
         effect = max(abs(interval.mean), outcome.smallest_effect)
         return UNDECIDED, statistics.seeds_to_decide(effect, interval.sd, least=interval.n + 1)
     if outcome.expected is None:
-        return UNPUBLISHED, None
+        return DECIDED, None
+    right, wrong = (AGREES, DISAGREES) if outcome.paper else (AS_EXPECTED, UNEXPECTED)
     found = "equal" if not interval.excludes_zero else "lower" if interval.mean < 0 else "higher"
     if outcome.expected == "equal":
         if small:
-            return AGREES, None
+            return right, None
         nearest = min(abs(interval.low), abs(interval.high))
-        return (DISAGREES if nearest > outcome.smallest_effect else UNDECIDED), None
-    return (AGREES if found == outcome.expected else DISAGREES), None
+        return (wrong if nearest > outcome.smallest_effect else UNDECIDED), None
+    return (right if found == outcome.expected else wrong), None
 
 
-def _words(outcome, effects, interval, missing, agreement, needed):
+def _words(outcome, effects, interval, missing, agreement, needed, weak, bigram_loss):
     parts = []
     if interval is not None:
         parts.append(_effect_words(outcome, effects, interval))
@@ -139,7 +155,9 @@ def _words(outcome, effects, interval, missing, agreement, needed):
         count = f"{len(missing)} of {len(missing) + len(effects)} seeds"
         parts.append(f"No value in {count} ({listed}); nothing is extrapolated.")
     verdict = agreement[0].upper() + agreement[1:]
-    if agreement == UNDECIDED and interval is not None and not missing and interval.n > 1:
+    if weak:
+        verdict += f": {' and '.join(weak)} not below a bigram model ({bigram_loss:.4f})"
+    elif agreement == UNDECIDED and interval is not None and not missing and interval.n > 1:
         size = _size(outcome, max(abs(interval.mean), outcome.smallest_effect))
         enough = f"about {needed} seeds" if needed else f"more than {statistics.MOST_SEEDS} seeds"
         if interval.excludes_zero:

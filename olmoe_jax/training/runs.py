@@ -43,7 +43,10 @@ def read_config(workdir):
 
 
 def differences(found, config) -> list[str]:
-    """Fields in which two runs differ so that one cannot continue the other: ["config.a.b: 1 != 2"]."""
+    """Fields whose difference means that one run cannot continue the other: ["config.a.b: 1 != 2"].
+
+    Left out is what a run may change when it resumes.
+    """
     return [d for d in config_lib.differences(found, config) if not d.startswith(_MAY_CHANGE)]
 
 

@@ -15,7 +15,9 @@ STEPS, INTERVAL = 40, 4
 
 def outcome(**fields):
     """An Outcome of the arms "new" against "old"."""
-    return studies.Outcome(**{"arm": "new", "against": "old", "expected": "lower"} | fields)
+    return studies.Outcome(
+        **{"arm": "new", "against": "old", "expected": "lower", "paper": "it was"} | fields
+    )
 
 
 def study(**fields):

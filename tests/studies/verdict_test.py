@@ -32,7 +32,9 @@ def test_a_planted_worse_arm_is_declared_worse(tmp_path):
     assert finding.interval.low > 0 and finding.agreement == verdict.DISAGREES
     assert "new ends with a higher validation/loss than old" in finding.words
     assert verdict.judge(synthetic.outcome(expected="higher"), runs).agreement == verdict.AGREES
-    assert verdict.judge(synthetic.outcome(expected=None), runs).agreement == verdict.UNPUBLISHED
+    assert verdict.judge(synthetic.outcome(expected=None), runs).agreement == verdict.DECIDED
+    own = synthetic.outcome(expected="higher", paper="")
+    assert verdict.judge(own, runs).agreement == verdict.AS_EXPECTED
 
 
 def test_two_identical_arms_do_not_differ_in_19_of_20_repeats(tmp_path):
@@ -114,6 +116,16 @@ def test_cost_to_the_same_loss_is_a_ratio_per_seed(tmp_path, measure, factor):
         assert factor > 1.1
     assert math.exp(finding.effects[1]) == pytest.approx(0.5 * factor, rel=0.01)
     assert f"× its {measure}" in finding.words
+
+
+def test_models_no_better_than_bigrams_say_nothing_about_a_paper(tmp_path):
+    runs = _ending(tmp_path, new=[3.0, 3.1, 3.2], old=[4.0, 4.2, 4.1])
+    assert verdict.judge(synthetic.outcome(), runs, bigram_loss=4.3).agreement == verdict.AGREES
+    finding = verdict.judge(synthetic.outcome(), runs, bigram_loss=4.15)
+    assert finding.agreement == verdict.UNDECIDED and finding.interval.excludes_zero
+    assert "old not below a bigram model (4.1500)" in finding.words
+    own = verdict.judge(synthetic.outcome(paper=""), runs, bigram_loss=4.15)
+    assert own.agreement == verdict.AS_EXPECTED
 
 
 def test_a_loss_that_is_not_reached_is_not_extrapolated(tmp_path):
