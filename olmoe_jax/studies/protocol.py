@@ -15,6 +15,7 @@ from olmoe_jax.studies import declaration, results, runner, statistics
 from olmoe_jax.training import runs
 
 FEWEST_SEEDS = 3
+PILOT_CHECKPOINTS = 4  # beside the first: only the end counts, the others are to resume from
 FILE = "protocol.json"
 
 
@@ -61,7 +62,13 @@ def pilot_runs(plan):
     for seed in plan.study.pilot_seeds:
         for arm, config in plan.configs.items():
             for rate in rates(plan.study, arm, config):
-                changes = {"optimizer.learning_rate": rate, "training.seed": seed}
+                changes = {
+                    "optimizer.learning_rate": rate,
+                    "training.seed": seed,
+                    "checkpoint.interval": max(
+                        config.checkpoint.interval, config.training.num_steps // PILOT_CHECKPOINTS
+                    ),
+                }
                 folder = plan.workdir / runner.PILOT / arm / f"rate_{rate:g}" / f"seed_{seed}"
                 found.append((arm, rate, seed, declaration.changed(config, changes), folder))
     return found

@@ -4,7 +4,6 @@ import fcntl
 import json
 
 import jax
-import numpy as np
 import pytest
 
 from olmoe_jax import checkpoints, studies
@@ -43,17 +42,6 @@ def test_arms_of_one_seed_start_alike_and_see_the_same_batches(finished):
         assert one.curve("train/loss").values[0] == two.curve("train/loss").values[0]
     other = results.read_run(plan.path("good", 1), "good", 1)
     assert other.curve("train/loss").values[0] != one.curve("train/loss").values[0]
-
-
-def test_losses_by_document_add_up_to_the_validation_loss(finished):
-    plan, _ = finished
-    path = plan.path("worse", 2)
-    found = results.read_documents(path)
-    run = results.read_run(path, "worse", 2)
-    assert found["nats"].sum() / found["targets"].sum() == pytest.approx(
-        run.final("validation/loss"), rel=1e-5
-    )
-    assert len(found["documents"]) == len(np.unique(found["documents"])) > 3
 
 
 def test_only_one_arm_or_seed_is_made_where_that_is_asked(planted, tmp_path, monkeypatch):

@@ -101,7 +101,7 @@ def test_document_bootstrap_is_the_standard_error_of_a_ratio():
     rng = np.random.default_rng(3)
     targets = rng.integers(20, 200, 400)
     baseline = targets * rng.normal(3, 0.5, 400)
-    nats = baseline - targets * rng.normal(0.05, 0.1, 400)
+    nats = baseline - targets * rng.normal(0.5, 0.1, 400)
     interval = statistics.document_bootstrap(nats, baseline, targets)
     residual = (nats - baseline) - interval.mean * targets
     error = math.sqrt(400 * residual.var(ddof=1)) / targets.sum()

@@ -153,16 +153,3 @@ def test_documents_are_bootstrapped_apart(tmp_path):
         np.savez(run.path / results.DOCUMENTS, documents=np.arange(30), nats=nats, targets=targets)
     interval = verdict.judge(synthetic.outcome(), runs).documents
     assert interval.n == 30 and interval.low < 0.1 < interval.high < 0.2
-
-
-def test_a_metric_that_no_run_recorded_is_one_line(tmp_path):
-    runs = _ending(tmp_path, new=[4.1], old=[4.0])
-    with pytest.raises(ValueError, match="no metric 'validation/bits_per_byte'.*validation/loss"):
-        verdict.judge(synthetic.outcome(metric="validation/bits_per_byte"), runs)
-
-
-def test_a_training_metric_ends_with_the_mean_of_the_last_steps(tmp_path):
-    run = _ending(tmp_path, new=[4.1])["new", 1]
-    values = run.curve("train/loss").values
-    assert run.final("train/loss") == pytest.approx(values[-2:].mean())
-    assert run.final("validation/loss") == 4.1
