@@ -24,6 +24,7 @@ class Parameters:
       embedding: the input embedding [v, d].
       head: the output head [v, d]; 0 where it is the embedding.
       norms: scales, which take part in no matrix product.
+      router: of all MoE layers; in `total` and in `active`. What granularity cannot hold equal.
     """
 
     total: int
@@ -31,6 +32,7 @@ class Parameters:
     embedding: int
     head: int
     norms: int
+    router: int
 
     @property
     def non_embedding(self) -> int:
@@ -51,11 +53,13 @@ class Flops:
       forward: one forward pass.
       training: forward and backward, three times that. What MFU counts, whatever is recomputed.
       executed: `training`, and under `model.remat` the layers' second forward pass.
+      router: the routers' part of `training`.
     """
 
     forward: int
     training: int
     executed: int
+    router: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,6 +155,7 @@ def num_params(config: ModelConfig) -> Parameters:
         embedding=embedding,
         head=head,
         norms=norms,
+        router=_router_params(config),
     )
 
 
@@ -171,7 +176,8 @@ def flops_per_token(config: ModelConfig, length: int) -> Flops:
     layers = 2 * products + scores
     training = 3 * (layers + head)
     executed = training + (layers if config.remat else 0)
-    return Flops(forward=layers + head, training=training, executed=executed)
+    router = 6 * _router_params(config)
+    return Flops(forward=layers + head, training=training, executed=executed, router=router)
 
 
 def moe_flops_per_token(config: ModelConfig) -> Flops:
@@ -181,7 +187,8 @@ def moe_flops_per_token(config: ModelConfig) -> Flops:
     includes the gradient with respect to the layer's input.
     """
     forward = 2 * _moe_params(config, config.num_experts_per_token)
-    return Flops(forward=forward, training=3 * forward, executed=3 * forward)
+    router = 6 * config.d_model * config.num_experts
+    return Flops(forward=forward, training=3 * forward, executed=3 * forward, router=router)
 
 
 def param_bytes(config: ModelConfig, dtype: str = "float32") -> int:
@@ -331,6 +338,10 @@ def _norm_params(config):
         per_layer += config.head_size * heads
     final = 0 if config.norm == "layernorm_nonparametric" else config.d_model
     return config.num_layers * per_layer + final
+
+
+def _router_params(config):
+    return config.num_moe_layers * config.d_model * config.num_experts
 
 
 def _ffn_params(config, experts):

@@ -42,6 +42,14 @@ def read_config(workdir):
         raise ValueError(f"{path}: not a config.json of this version ({error})") from error
 
 
+def differences(found, config) -> list[str]:
+    """Fields whose difference means that one run cannot continue the other: ["config.a.b: 1 != 2"].
+
+    Left out is what a run may change when it resumes.
+    """
+    return [d for d in config_lib.differences(found, config) if not d.startswith(_MAY_CHANGE)]
+
+
 def check_workdir(workdir, config, announce):
     """Refuses a workdir that holds a run of another configuration, and says which fields differ.
 
@@ -50,7 +58,7 @@ def check_workdir(workdir, config, announce):
     if not (pathlib.Path(workdir) / "config.json").is_file():
         return
     found, _ = read_config(workdir)
-    differ = [d for d in config_lib.differences(found, config) if not d.startswith(_MAY_CHANGE)]
+    differ = differences(found, config)
     steps = "config.training.num_steps:"
     if config.training.num_steps > found.training.num_steps:
         if any(d.startswith(steps) for d in differ) and (

@@ -262,13 +262,12 @@ def validation_step(params, batch, *, model, config, num_domains):
       `statistics` (RoutingStatistics).
     """
     features = _features(model, params, batch)
-    targets, weights = losses.next_token_targets(batch["tokens"], batch["loss_mask"])
-    nats = losses.token_losses(features.hidden, transformer.head_weights(params), targets)
+    nats, weights = _target_losses(features, params, batch)
     domains = (
         jax.nn.one_hot(jnp.roll(batch["domains"], -1, axis=1), num_domains) * weights[..., None]
     )
     sums = {
-        "loss": jnp.einsum("bl,blk->k", jnp.where(weights > 0, nats, 0), domains),
+        "loss": jnp.einsum("bl,blk->k", nats, domains),
         "targets": jnp.sum(domains, axis=(0, 1)),
     }
     if features.routing is not None:
@@ -281,3 +280,15 @@ def validation_step(params, batch, *, model, config, num_domains):
             "load": _load(features.routing, batch["token_mask"]),
         }
     return sums
+
+
+def target_losses(params, batch, *, model):
+    """Nats of the target behind each position, 0 where there is none: float32 [batch, length]."""
+    return _target_losses(_features(model, params, batch), params, batch)[0]
+
+
+def _target_losses(features, params, batch):
+    """(nats of each position's target, 0 where its weight is 0; the weights), [batch, length]."""
+    targets, weights = losses.next_token_targets(batch["tokens"], batch["loss_mask"])
+    nats = losses.token_losses(features.hidden, transformer.head_weights(params), targets)
+    return jnp.where(weights > 0, nats, 0), weights

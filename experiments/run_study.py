@@ -1,0 +1,164 @@
+"""Runs a study of a design choice: the same command resumes, and writes the report when all is run.
+
+    python -m experiments.run_study --study=moe_vs_dense --workdir=runs/moe_vs_dense --pilot
+    python -m experiments.run_study --study=moe_vs_dense --workdir=runs/moe_vs_dense
+    python -m experiments.run_study --study=moe_vs_dense --workdir=runs/moe_vs_dense \
+        --arm=dense --seed=2
+
+--study names a file of experiments/studies (or any .py file that ends with such a STUDY). The pilot
+fixes learning rates and the number of seeds in WORKDIR/protocol.json, which the runs then follow.
+With --arm, --seed or both only those runs are made, so that jobs on several machines share the
+work. The verdicts are printed; WORKDIR/report.html has the curves, WORKDIR/report.json the numbers.
+"""
+
+import atexit
+import difflib
+import importlib.util
+import os
+import pathlib
+import shutil
+import tempfile
+
+from absl import flags
+
+from experiments import app
+from olmoe_jax.studies import declaration
+
+FOLDER = pathlib.Path(__file__).parent / "studies"
+
+_STUDY = flags.DEFINE_string("study", None, "Name of a study, or a .py file.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.", required=True)
+_SCALE = flags.DEFINE_string("scale", "laptop", "smoke (seconds per run), laptop or paper.")
+_ARM = flags.DEFINE_string("arm", None, "Make this arm's runs only.")
+_SEED = flags.DEFINE_integer("seed", None, "Make this seed's runs only.")
+_SEEDS = flags.DEFINE_list("seeds", None, "Seeds instead of the study's or the protocol's: 4,5,6.")
+_DATA = flags.DEFINE_string("data", None, "Prepared data instead of the embedded corpus.")
+_PILOT = flags.DEFINE_bool("pilot", False, "Make the pilot and write the protocol, nothing else.")
+_PROTOCOL = flags.DEFINE_string(
+    "protocol", None, "Protocol to follow; default WORKDIR/protocol.json if it is there."
+)
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the arms, their costs and the time; stop.")
+
+
+def main(argv):
+    """Flags → study → runs → report."""
+    del argv
+    study = load(_STUDY.value)
+    seeds = None if _SEEDS.value is None else tuple(_number(text) for text in _SEEDS.value)
+    app.tune_allocator()
+    app.start_distributed()
+    import jax  # starts after the two lines above
+
+    from olmoe_jax.studies import protocol, report, runner
+
+    workdir = pathlib.Path(os.path.expanduser(_WORKDIR.value))
+    _share_compiled_programs()
+    if _PILOT.value:
+        plan = runner.make_plan(study, workdir, scale=_SCALE.value, data=_DATA.value)
+        found = protocol.run_pilot(plan)
+        if isinstance(found, int):
+            return _stopped(found)
+        protocol.write(workdir / protocol.FILE, found)
+        print(f"\nseeds {list(found.seeds)}, learning rates {found.learning_rates}")
+        print("\n".join(f"note: {note}" for note in found.notes))
+        print(f"written: {workdir / protocol.FILE}; commit it before the runs that decide")
+        app.write_json(found)
+        return 0
+    followed, notes = _protocol(protocol, runner, study, workdir)
+    if followed is not None and seeds is not None and seeds != tuple(followed.seeds):
+        notes.append(f"the seeds are not the protocol's, {list(followed.seeds)}")
+    plan = runner.make_plan(
+        study, workdir, scale=_SCALE.value, data=_DATA.value,
+        seeds=seeds or (followed.seeds if followed else None),
+        learning_rates=followed.learning_rates if followed else None,
+    )  # fmt: skip
+    print(runner.describe(plan))
+    if _DRY_RUN.value:
+        return 0
+    stopped = runner.make_runs(plan, arm=_ARM.value, seed=_SEED.value)
+    if stopped is not None:
+        return _stopped(stopped)
+    if left := plan.remaining:
+        print(f"\n{len(left)} runs are not done yet: " + ", ".join(f"{a} {s}" for a, s in left))
+        app.write_json({"study": study.name, "remaining": left})
+        return 0
+    if jax.process_index():
+        return 0
+    content = report.write(plan, protocol=followed, notes=notes)
+    print(f"\n{report.text(content)}")
+    print(f"page: {workdir / report.PAGE}\nnumbers: {workdir / report.DATA}")
+    app.write_json(content)
+    return 0
+
+
+def _share_compiled_programs():
+    """Lets the runs of one arm, which differ in their seed, be compiled once per process.
+
+    In a folder of this process: machines that share a workdir may have other processors.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = tempfile.mkdtemp(prefix="olmoe_jax_study_")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def names() -> list[str]:
+    """The studies of experiments/studies."""
+    return sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
+
+
+def load(name) -> declaration.Study:
+    """The Study of a name or of a .py file.
+
+    Raises:
+      ValueError: there is none (all are listed, a line each), or its file does not declare one.
+    """
+    path = pathlib.Path(name) if name.endswith(".py") else FOLDER / f"{name}.py"
+    if not path.is_file():
+        known = names()
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        if not name.endswith(".py"):
+            print("studies:")
+            for other in known:
+                print(f"  {other:24s} {load(other).question}")
+        raise ValueError(f"--study={name}: no such study{hint}: there are {', '.join(known)}")
+    spec = importlib.util.spec_from_file_location(f"study_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the file is a program: it may raise anything
+        raise ValueError(f"{path}: {app.message(error)}") from error
+    study = getattr(module, "STUDY", None)
+    if not isinstance(study, declaration.Study):
+        raise ValueError(f"{path}: must end with STUDY = studies.Study(…)")
+    if study.name != path.stem:
+        raise ValueError(f"{path}: its study is called {study.name!r}; the name is the file's")
+    return study
+
+
+def _protocol(protocol, runner, study, workdir):
+    """(the Protocol that the runs follow or None, notes)."""
+    path = _PROTOCOL.value or workdir / protocol.FILE
+    if _PROTOCOL.value is None and not path.is_file():
+        return None, []
+    data = None if _DATA.value is None else runner.data_changes(_DATA.value)
+    return protocol.read(path, study, _SCALE.value, data=data)
+
+
+def _number(text):
+    if not text.strip().isdecimal():
+        raise ValueError(f"--seeds: {text!r} is not a number; write --seeds=4,5,6")
+    return int(text)
+
+
+def _stopped(signal):
+    print("stopped; state saved. The same command goes on from there")
+    return 128 + signal
+
+
+if __name__ == "__main__":
+    app.run(main, flags_with_json=True)

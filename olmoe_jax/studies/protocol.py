@@ -1,0 +1,245 @@
+"""What is fixed before the runs that decide: each arm's learning rate, and how many seeds.
+
+The pilot trains every arm at the same few multiples of its learning rate, on seeds that no verdict
+uses. Of its numbers only two things are used: which rate suits an arm best, and how much the
+difference between arms of one seed varies, which says how many seeds can show the smallest effect
+that matters. The size of the effect in the pilot decides nothing.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+from olmoe_jax import config as config_lib
+from olmoe_jax.studies import declaration, results, runner, statistics
+from olmoe_jax.training import runs
+
+FEWEST_SEEDS = 3
+PILOT_CHECKPOINTS = 4  # beside the first: only the end counts, the others are to resume from
+FILE = "protocol.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """The outcome of a pilot; its JSON file is to be committed before the runs that decide.
+
+    Attributes:
+      study, scale: which.
+      metric: that of the study's first "final" outcome, by which rates are chosen.
+      learning_rates: arm → rate of the verdict's runs.
+      seeds: of the verdict's runs.
+      smallest_effect: of that outcome, which the seeds must be able to show.
+      sd: standard deviation over seeds of the difference of its arms at the same multiple of their
+        rates, pooled over those, with its degrees of freedom.
+      power: probability that these seeds show the smallest effect, if sd is right.
+      pilot: arm → rate, as text → final metric per pilot seed (NaN is written null: diverged).
+      pilot_seeds: in the order of those values.
+      notes: what a reader should know: a best rate at the edge of the sweep, too few seeds.
+      configs: arm → the pilot's config (rate and seed are those of the declaration).
+    """
+
+    study: str
+    scale: str
+    metric: str
+    learning_rates: dict[str, float]
+    seeds: tuple[int, ...]
+    smallest_effect: float
+    sd: float
+    degrees_of_freedom: int
+    power: float
+    pilot: dict[str, dict[str, list[float | None]]]
+    pilot_seeds: tuple[int, ...]
+    notes: tuple[str, ...]
+    configs: dict[str, dict]
+
+
+def pilot_runs(plan):
+    """[(arm, rate, seed, Config, workdir)] of the pilot of a runner.Plan.
+
+    An arm whose declaration sets the learning rate is about it, and keeps it.
+    """
+    found = []
+    for seed in plan.study.pilot_seeds:
+        for arm, config in plan.configs.items():
+            for rate in rates(plan.study, arm, config):
+                changes = {
+                    "optimizer.learning_rate": rate,
+                    "training.seed": seed,
+                    "checkpoint.interval": max(
+                        config.checkpoint.interval, config.training.num_steps // PILOT_CHECKPOINTS
+                    ),
+                }
+                folder = plan.workdir / runner.PILOT / arm / f"rate_{rate:g}" / f"seed_{seed}"
+                found.append((arm, rate, seed, declaration.changed(config, changes), folder))
+    return found
+
+
+def rates(study, arm, config) -> list[float]:
+    """Learning rates at which an arm is tried."""
+    rate = config.optimizer.learning_rate
+    if "optimizer.learning_rate" in study.arm(arm).changes:
+        return [rate]
+    return [rate * factor for factor in study.learning_rate_factors]
+
+
+def run_pilot(plan, *, devices=None, announce=print) -> Protocol | int:
+    """Makes the pilot's runs that are missing; the Protocol, or the signal that stopped it.
+
+    Raises:
+      ValueError: a pilot run was made with another configuration; or a study whose arms start from
+        others, which has no pilot.
+    """
+    if any(arm.starts_from for arm in plan.study.arms):
+        raise ValueError(
+            f"study {plan.study.name}: arms that start from others have no pilot; "
+            "pilot the arms that they start from"
+        )
+    wanted = pilot_runs(plan)
+    for _, _, _, config, path in wanted:
+        runner.check_unchanged(path, config)
+    runner.write_marker(plan)
+    for number, (arm, rate, seed, config, path) in enumerate(wanted, start=1):
+        if _is_done(path, config):
+            continue
+        announce(
+            f"\n{plan.study.name}, pilot: {arm}, learning rate {rate:g}, seed {seed} "
+            f"({number} of {len(wanted)})"
+        )
+        with runner.claim(path) as mine:
+            if not mine:
+                announce(f"{path}: another process is at it")
+                continue
+            stopped = runner.make_run(
+                plan.workdir, path, config, devices=devices, announce=announce
+            )
+        if stopped is not None:
+            return stopped
+    finals = {}
+    metric = plan.study.primary.metric
+    for arm, rate, seed, config, path in wanted:
+        if not _is_done(path, config):
+            raise ValueError(f"{path} is not finished yet: run this again for the protocol")
+        run = results.read_run(path, arm, seed)
+        finals.setdefault(arm, {}).setdefault(rate, []).append(
+            None if run.problem else run.final(metric)
+        )
+    return decide(plan, finals)
+
+
+def _is_done(path, config):
+    if (path / results.DIVERGED).is_file():
+        return True
+    return runs.finished_record(path, config) is not None
+
+
+def decide(plan, finals) -> Protocol:
+    """The Protocol that follows from a pilot's numbers.
+
+    Args:
+      plan: a runner.Plan.
+      finals: arm → rate → final metric per pilot seed, None where the run diverged.
+    Raises:
+      ValueError: an arm has no rate at which every run finished.
+    """
+    study, outcome, notes = plan.study, plan.study.primary, []
+    learning_rates = {}
+    for arm, by_rate in finals.items():
+        usable = {rate: values for rate, values in by_rate.items() if None not in values}
+        if not usable:
+            raise ValueError(f"study {study.name}, pilot: arm {arm} diverged at every rate")
+        best = min(usable, key=lambda rate: sum(usable[rate]))
+        learning_rates[arm] = best
+        if len(by_rate) > 1 and best in (min(by_rate), max(by_rate)):
+            notes.append(f"{arm}: the best rate, {best:g}, is at the edge of the sweep")
+    sd, freedom = statistics.pooled_sd(_differences(study, finals))
+    needed = statistics.seeds_to_decide(outcome.smallest_effect, sd, least=FEWEST_SEEDS)
+    count = min(needed or study.max_seeds, study.max_seeds)
+    if needed is None or needed > study.max_seeds:
+        words = f"{needed} seeds" if needed else f"more than {statistics.MOST_SEEDS} seeds"
+        notes.append(
+            f"an effect of {outcome.smallest_effect:g} would take {words}; "
+            f"the study stops at {study.max_seeds}"
+        )
+    return Protocol(
+        study=study.name,
+        scale=plan.scale,
+        metric=outcome.metric,
+        learning_rates=learning_rates,
+        seeds=_seeds(study, count),
+        smallest_effect=outcome.smallest_effect,
+        sd=sd,
+        degrees_of_freedom=freedom,
+        power=statistics.power(outcome.smallest_effect, sd, count),
+        pilot={a: {f"{r:g}": v for r, v in by_rate.items()} for a, by_rate in finals.items()},
+        pilot_seeds=study.pilot_seeds,
+        notes=tuple(notes),
+        configs={arm: dataclasses.asdict(config) for arm, config in plan.configs.items()},
+    )
+
+
+def _differences(study, finals):
+    """Groups of differences between the primary outcome's arms, one per multiple of the rate."""
+    one, two = finals[study.primary.arm], finals[study.primary.against]
+    # by place in the sweep; an arm with a rate of its own has one place
+    places = max(len(one), len(two))
+    groups = []
+    for place in range(places):
+        pair = [list(by.values())[min(place, len(by) - 1)] for by in (one, two)]
+        groups.append([a - b for a, b in zip(*pair, strict=True) if None not in (a, b)])
+    return groups
+
+
+def _seeds(study, count):
+    """The study's seeds, and as many more as are needed, none of them the pilot's."""
+    seeds = list(study.seeds[:count])
+    following = max(study.seeds)
+    while len(seeds) < count:
+        following += 1
+        if following not in study.pilot_seeds:
+            seeds.append(following)
+    return tuple(seeds)
+
+
+def write(path, protocol):
+    """Writes a Protocol as JSON, whole or not at all."""
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    runner.write_json(pathlib.Path(path), dataclasses.asdict(protocol))
+
+
+def read(path, study, scale, *, data=None) -> tuple[Protocol, list[str]]:
+    """(the Protocol in a file, notes on how this study differs from the pilot's).
+
+    Args:
+      data: changes to the base that other data bring (runner.data_changes), or None. Rates and
+        number of seeds carry over to other data; that is noted.
+    Raises:
+      ValueError: it is of another study or scale, or of another configuration.
+    """
+    content = json.loads(pathlib.Path(path).read_text())
+    fields = {field.name for field in dataclasses.fields(Protocol)}
+    if set(content) != fields:
+        raise ValueError(f"{path}: not a protocol of this version; run --pilot again")
+    tuples = {name: tuple(content[name]) for name in ("seeds", "pilot_seeds", "notes")}
+    found = Protocol(**content | tuples)
+    if (found.study, found.scale) != (study.name, scale):
+        raise ValueError(
+            f"{path}: the protocol of study {found.study} at scale {found.scale}, "
+            f"not of {study.name} at {scale}"
+        )
+    differ, notes = [], []
+    for arm, config in study.configs(scale, data=data).items():
+        if arm not in found.configs:
+            differ.append(f"arm {arm} is new")
+            continue
+        saved = config_lib.from_saved(found.configs[arm])
+        here = runs.differences(saved, config)
+        carried = tuple(f"config.{field}" for field in data or ())
+        differ += [f"{arm}: {d}" for d in here if not (carried and d.startswith(carried))]
+        if any(carried and d.startswith(carried) for d in here) and not notes:
+            notes.append("the pilot ran on other data; its rates and seeds are kept")
+    if differ:
+        raise ValueError(
+            f"{path}: the pilot was made with another declaration (its value != this one): "
+            f"{'; '.join(differ)}. Run --pilot again"
+        )
+    return found, notes

@@ -1,0 +1,138 @@
+"""`experiments.run_study` as a person runs it, and the declarations of `experiments/studies`."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from experiments import run_study
+from olmoe_jax import config, studies
+from olmoe_jax.data import preparation
+from olmoe_jax.studies import equality
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def run(*arguments):
+    """(exit status, stdout, stderr) of `python -m experiments.run_study …`."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(
+        [str(ROOT), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.run_study", *arguments], cwd=ROOT, env=environment,
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", run_study.names())
+def test_every_declaration_is_valid_at_every_scale_and_says_how_to_run_it(name):
+    study = run_study.load(name)
+    assert isinstance(study, studies.Study) and len(study.question) < 100
+    docstring = (run_study.FOLDER / f"{name}.py").read_text().split('"""')[1]
+    assert f"--study={name} " in docstring
+    assert {"smoke", "laptop", "paper"} <= set(study.base)
+
+
+def test_moe_and_dense_are_equal_but_for_the_router():
+    study = run_study.load("moe_vs_dense")
+    for scale in study.base:
+        dense, moe = (equality.cost(c) for c in study.configs(scale).values())
+        assert moe.active - moe.router == dense.active and dense.router == 0 < moe.router
+    assert [o.measure for o in study.outcomes] == ["final", "tokens", "flops", "seconds"]
+    paper = study.configs("paper")["dense"].model
+    assert (paper.d_ff, paper.num_experts) == (8192, 0)
+
+
+def test_an_unknown_study_is_listed_against_what_there_is():
+    status, out, error = run("--study=moe_vs_dens", "--workdir=/nonexistent")
+    assert status == 2 and "did you mean moe_vs_dense?" in error
+    assert error.count("\n") == 1 and error.startswith("error: --study=moe_vs_dens: no such study")
+    for name in run_study.names():
+        assert f"{name:24s} {run_study.load(name).question}" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1 / 0", "division by zero"),
+        ("STUDY = 3", "must end with STUDY"),
+        ("from experiments.studies.control import STUDY", "called 'control'; the name is the file"),
+    ],
+)
+def test_a_file_that_declares_no_study_is_refused(tmp_path, text, message):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path}: .*{message}"):
+        run_study.load(str(path))
+
+
+def test_the_slurm_script_starts_each_run_once(tmp_path):
+    """With a python that only notes its arguments."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/calls\n')
+    python.chmod(0o755)
+    for task in range(6):
+        environment = os.environ | {
+            "SLURM_ARRAY_TASK_ID": str(task), "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        }  # fmt: skip
+        script = ROOT / "experiments/studies/slurm_array.sh"
+        arguments = [str(script), "moe_vs_dense", "W", "laptop", "dense moe", "1 2 3"]
+        subprocess.run(["bash", *arguments], env=environment, check=True)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    ends = sorted(" ".join(call.split()[-2:]) for call in calls)
+    assert ends == [f"--arm={arm} --seed={seed}" for arm in ("dense", "moe") for seed in (1, 2, 3)]
+    common = "-m experiments.run_study --study=moe_vs_dense --workdir=W --scale=laptop"
+    assert all(call.startswith(common) for call in calls)
+
+
+STUDY = """
+import json
+from olmoe_jax import config, studies
+
+BASE = config.from_saved(json.loads({base!r}))
+STUDY = studies.Study(
+    name="mine", question="Does a larger eps hurt?", base={{"smoke": BASE}}, seeds=(1, 2),
+    arms=(studies.Arm(name="small"), studies.Arm(name="large", changes={{"optimizer.eps": 1e-2}})),
+    outcomes=(studies.Outcome(arm="large", against="small", expected="higher", paper="it does"),),
+)
+"""
+
+
+@pytest.mark.slow
+def test_a_strangers_study_is_run_as_jobs_and_judged(tmp_path):
+    """One file outside the checkout, no other change: two jobs, then the command without them."""
+    corpus = tmp_path / "corpus.jsonl"
+    lines = [{"id": str(i), "text": f"{i} and {i + 1} " * 30, "source": "a"} for i in range(90)]
+    corpus.write_text("\n".join(json.dumps(line) for line in lines))
+    data = tmp_path / "prepared"
+    preparation.prepare([str(corpus)], data, sequence_length=16, vocab_size=270,
+                        validation_fraction=0.1, announce=lambda line: None)  # fmt: skip
+    base = config.Config(
+        model=config.ModelConfig(
+            vocab_size=270, max_length=16, num_layers=1, d_model=8, num_heads=2, num_kv_heads=2,
+            d_ff=3, num_experts=3, num_experts_per_token=2, expert_backend="dense",
+        ),
+        data=config.DataConfig(path=str(data), sequence_length=16, validation_windows=5),
+        training=config.TrainingConfig(num_steps=6, batch_size=4),
+        checkpoint=config.CheckpointConfig(interval=3),
+    )  # fmt: skip
+    study = tmp_path / "mine.py"
+    study.write_text(STUDY.format(base=json.dumps(dataclasses.asdict(base))))
+    workdir = tmp_path / "run"
+    flags = [f"--study={study}", f"--workdir={workdir}", "--scale=smoke"]
+    status, out, error = run(*flags, "--arm=small")
+    assert status == 0 and "2 runs are not done yet: large 1, large 2" in out, error
+    status, out, error = run(*flags, f"--json={tmp_path}/out.json")
+    assert status == 0 and "n = 2 seeds" in out, error
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content == json.loads((workdir / "report.json").read_text())
+    assert (workdir / "report.html").stat().st_size > 1_000_000
+    study.write_text(study.read_text().replace("1e-2", "1e-3"))
+    status, _, error = run(*flags)
+    assert status == 2 and error.count("\n") == 1
+    assert "large/seed_1 was run with another configuration" in error
+    assert "config.optimizer.eps: 0.01 != 0.001" in error

@@ -1,0 +1,134 @@
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from olmoe_jax import studies
+from olmoe_jax.studies import declaration, protocol, runner, statistics
+from tests.studies import synthetic
+
+
+def _plan(workdir, **fields):
+    return runner.make_plan(synthetic.study(**fields), workdir, scale="smoke")
+
+
+def _finals(old, new):
+    """Final losses of both arms at three rates; rows are rates, columns pilot seeds."""
+    rates = (0.002, 0.004, 0.008)
+    return {"old": dict(zip(rates, old, strict=True)), "new": dict(zip(rates, new, strict=True))}
+
+
+OLD = [[5.0, 5.1, 5.0], [4.0, 4.1, 4.0], [4.5, 4.6, 4.4]]
+NEW = [[4.9, 5.1, 5.1], [4.3, 4.1, 4.2], [3.9, 3.8, 3.9]]
+
+
+def test_each_arm_gets_its_own_best_rate(tmp_path):
+    found = protocol.decide(_plan(tmp_path), _finals(OLD, NEW))
+    assert found.learning_rates == {"old": 0.004, "new": 0.008}
+    assert any(note.startswith("new: the best rate, 0.008, is at the edge") for note in found.notes)
+
+
+def test_seeds_follow_from_the_spread_and_not_from_the_effect(tmp_path):
+    plan = _plan(tmp_path, outcomes=(synthetic.outcome(smallest_effect=0.2),))
+    found = protocol.decide(plan, _finals(OLD, NEW))
+    shifted = [[loss - 3 for loss in row] for row in NEW]
+    assert protocol.decide(plan, _finals(OLD, shifted)).seeds == found.seeds
+    groups = [[n - o for n, o in zip(*rows, strict=True)] for rows in zip(NEW, OLD, strict=True)]
+    sd, freedom = statistics.pooled_sd(groups)
+    assert (found.sd, found.degrees_of_freedom) == (pytest.approx(sd), freedom)
+    assert len(found.seeds) == statistics.seeds_to_decide(0.2, sd, least=3)
+    assert found.power == pytest.approx(statistics.power(0.2, sd, len(found.seeds)))
+
+
+def test_more_seeds_than_declared_are_new_ones_and_none_of_the_pilots(tmp_path):
+    plan = _plan(tmp_path, seeds=(99, 100), max_seeds=4,
+                 outcomes=(synthetic.outcome(smallest_effect=0.001),))  # fmt: skip
+    found = protocol.decide(plan, _finals(OLD, NEW))
+    assert found.seeds == (99, 100, 104, 105)
+    assert any("the study stops at 4" in note for note in found.notes)
+
+
+def test_a_rate_at_which_a_run_diverged_is_not_chosen(tmp_path):
+    new = [NEW[0], NEW[1], [3.9, None, 3.9]]
+    found = protocol.decide(_plan(tmp_path), _finals(OLD, new))
+    assert found.learning_rates["new"] == 0.004 and found.degrees_of_freedom == 5
+    broken = [[None] * 3] * 3
+    with pytest.raises(ValueError, match="arm new diverged at every rate"):
+        protocol.decide(_plan(tmp_path), _finals(OLD, broken))
+
+
+def test_every_arm_is_tried_at_the_same_multiples_on_the_pilots_seeds(tmp_path):
+    slow = studies.Arm(name="new", changes={"optimizer.learning_rate": 1e-4})
+    plan = _plan(tmp_path, arms=(studies.Arm(name="old"), slow))
+    runs = protocol.pilot_runs(plan)
+    assert {seed for _, _, seed, _, _ in runs} == set(plan.study.pilot_seeds)
+    assert {rate for arm, rate, *_ in runs if arm == "old"} == {0.002, 0.004, 0.008}
+    assert {rate for arm, rate, *_ in runs if arm == "new"} == {1e-4}  # the rate is its question
+    for arm, rate, seed, config, path in runs:
+        assert (config.optimizer.learning_rate, config.training.seed) == (rate, seed)
+        assert path == tmp_path / "pilot" / arm / f"rate_{rate:g}" / f"seed_{seed}"
+
+
+@pytest.fixture
+def written(tmp_path):
+    """(path of a protocol, its study)."""
+    plan = _plan(tmp_path / "study")
+    protocol.write(tmp_path / "protocol.json", protocol.decide(plan, _finals(OLD, NEW)))
+    return tmp_path / "protocol.json", plan.study
+
+
+def test_a_protocol_is_read_as_it_was_written(written):
+    path, study = written
+    found, notes = protocol.read(path, study, "smoke")
+    want = protocol.decide(_plan(path.parent / "study"), _finals(OLD, NEW))
+    without = {"configs": {}}  # JSON has lists where they have tuples
+    assert dataclasses.replace(found, **without) == dataclasses.replace(want, **without)
+    assert notes == [] and json.loads(path.read_text())["pilot"]["old"]["0.004"] == OLD[1]
+
+
+def test_a_protocol_of_another_declaration_is_refused(written):
+    path, study = written
+    with pytest.raises(ValueError, match="of study made_up at scale smoke, not of made_up at lap"):
+        protocol.read(path, study, "laptop")
+    changed = dataclasses.replace(study, common={"model.num_layers": 4})
+    with pytest.raises(ValueError, match="old: config.model.num_layers: 2 != 4.*Run --pilot again"):
+        protocol.read(path, changed, "smoke")
+    more = dataclasses.replace(study, arms=(*study.arms, studies.Arm(name="third")))
+    with pytest.raises(ValueError, match="arm third is new"):
+        protocol.read(path, more, "smoke")
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="not a protocol of this version"):
+        protocol.read(path, study, "smoke")
+
+
+def test_rates_and_seeds_carry_over_to_other_data_and_that_is_said(written, prepared):
+    path, study = written
+    data = runner.data_changes(prepared)
+    found, notes = protocol.read(path, study, "smoke", data=data)
+    assert notes == ["the pilot ran on other data; its rates and seeds are kept"]
+    plan = runner.make_plan(study, path.parent / "else", scale="smoke", data=prepared,
+                            seeds=found.seeds, learning_rates=found.learning_rates)  # fmt: skip
+    assert plan.config("new", 3).optimizer.learning_rate == 0.008
+
+
+def test_arms_that_start_from_others_have_no_pilot(tmp_path):
+    arms = (studies.Arm(name="old"), studies.Arm(name="new", starts_from="old"))
+    with pytest.raises(ValueError, match="have no pilot"):
+        protocol.run_pilot(_plan(tmp_path, arms=arms))
+
+
+@pytest.mark.slow
+def test_a_pilot_is_run_resumed_and_followed(tiny_base, tmp_path):
+    base = declaration.changed(tiny_base, {"training.num_steps": 4})
+    study = synthetic.study(
+        base={"smoke": base}, pilot_seeds=(7, 8), learning_rate_factors=(0.5, 1.0), max_seeds=3
+    )
+    plan = runner.make_plan(study, tmp_path, scale="smoke")
+    options = {"devices": jax.devices()[:1], "announce": lambda line: None}
+    found = protocol.run_pilot(plan, **options)
+    times = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("metrics.jsonl")}
+    assert len(times) == 8
+    assert protocol.run_pilot(plan, **options) == found
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("metrics.jsonl")} == times
+    assert found.sd == 0 and len(found.seeds) == 3  # the arms are the same
