@@ -151,7 +151,7 @@ def tune_allocator() -> bool:
         return False
     libc = ctypes.CDLL(None)
     trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # M_… of malloc.h
-    settings = ((mmap_threshold, 2**31 - 1), (trim_threshold, 2**31 - 1), (arena_max, 1))
+    settings = ((mmap_threshold, -1), (trim_threshold, -1), (arena_max, 1))  # -1: no limit
     accepted = [libc.mallopt(name, value) == 1 for name, value in settings]
     return all(accepted)
 

@@ -16,7 +16,7 @@ import jax
 # The same as experiments.app.tune_allocator does from within. Only glibc reads it.
 GLIBC_TUNABLES = ":".join(
     f"glibc.malloc.{name}={value}"
-    for name, value in (("mmap_threshold", 2**31 - 1), ("trim_threshold", 2**31 - 1),
+    for name, value in (("mmap_threshold", 2**63 - 1), ("trim_threshold", 2**63 - 1),
                         ("arena_max", 1))
 )  # fmt: skip
 ENDING_SECONDS = 10.0
