@@ -144,7 +144,7 @@ def tune_allocator() -> bool:
     For CPU runs, before JAX starts. By default a block above 32 MB is mapped and unmapped at every
     use, so each train step pays page faults for its large buffers (measured on two Zen 4 cores: a
     gather of 16,384 rows 10.4 → 2.1 ms, a whole fp32 step about 10 % faster). Price: freed memory
-    stays with the process; peak memory of that benchmark went from 4.05 to 5.4–6.4 GB, so leave it
+    stays with the process; peak memory of that benchmark went from 4.05 to 5.4–6.8 GB, so leave it
     off where memory is short.
     """
     if platform.libc_ver()[0] != "glibc":
