@@ -28,14 +28,16 @@ SIXTEENTHS = (2, 4, 8, 12, 14, 16, 18, 24)
 STATIC_SIZE = 128  # rows, elsewhere than on CPU
 
 
-def matmul(rows, weights, counts, *, transpose):
+def matmul(rows, weights, counts, *, row_ids=None, init=None, transpose=False):
     """See `grouped_matmul.matmul`."""
-    return _by_platform(functools.partial(_matmul, transpose=transpose), rows, weights, counts)
+    function = functools.partial(_matmul, transpose=transpose)
+    return _by_platform(function, (rows, row_ids), weights, counts, init)
 
 
-def outer(left, right, counts, *, dtype):
+def outer(left, right, counts, *, left_ids=None, right_ids=None, dtype):
     """See `grouped_matmul.outer`."""
-    return _by_platform(functools.partial(_outer, dtype=dtype), left, right, counts)
+    function = functools.partial(_outer, dtype=dtype)
+    return _by_platform(function, (left, left_ids), (right, right_ids), counts)
 
 
 def _by_platform(function, *arrays):
@@ -46,31 +48,34 @@ def _by_platform(function, *arrays):
     )
 
 
-def _matmul(over_blocks, rows, weights, counts, *, transpose):
-    n, dtype = rows.shape[0], rows.dtype
+def _matmul(over_blocks, rows, weights, counts, init, *, transpose):
+    rows, dtype = _Rows.of(*rows), weights.dtype
+    n = rows.count
     multiply, width = (_dot_transposed, 1) if transpose else (_dot, 2)
-    rows, weights = _bits(rows), _bits(weights)
+    weights = _bits(weights)
 
     def body(block, out):
         at, own = _position(block, n)
         w = lax.dynamic_index_in_dim(weights, block.group, keepdims=False)
-        y = multiply(_values(_cut(block, rows), dtype), _values(w, dtype))
+        y = multiply(_values(rows.cut(block), dtype), _values(w, dtype))
         # Rows of other groups stay as they are: they may be done, or nobody's.
         old = lax.dynamic_slice_in_dim(out, at, block.size)
+        if init is not None:
+            y = y + _values(old, dtype).astype(jnp.float32)
         y = jnp.where(own, _bits(y.astype(dtype)), old)
         return lax.dynamic_update_slice_in_dim(out, y, at, 0)
 
-    out = _bits(jnp.zeros((n, weights.shape[width]), dtype))
-    return _values(over_blocks(counts, n, body, out), dtype)
+    out = jnp.zeros((n, weights.shape[width]), dtype) if init is None else init
+    return _values(over_blocks(counts, n, body, _bits(out)), dtype)
 
 
 def _outer(over_blocks, left, right, counts, *, dtype):
-    n, shape = left.shape[0], (counts.shape[0], left.shape[1], right.shape[1])
-    operand_dtype = left.dtype
-    left, right = _bits(left), _bits(right)
+    operand_dtype = left[0].dtype
+    left, right = _Rows.of(*left), _Rows.of(*right)
+    n, shape = left.count, (counts.shape[0], left.width, right.width)
 
     def body(block, out):
-        a, b = (_values(_cut(block, x), operand_dtype) for x in (left, right))
+        a, b = (_values(x.cut(block), operand_dtype) for x in (left, right))
         old = lax.dynamic_index_in_dim(out, block.group, keepdims=False)
         new = _dot(_transposed(a), b) + jnp.where(block.is_first, 0, old)
         return lax.dynamic_update_index_in_dim(out, new, block.group, 0)
@@ -86,6 +91,35 @@ class _Block(typing.NamedTuple):
     count: jax.Array
     group: jax.Array
     is_first: jax.Array  # of its group
+
+
+class _Rows(typing.NamedTuple):
+    """Rows in order, or those of `ids`."""
+
+    bits: jax.Array
+    ids: jax.Array | None
+
+    @classmethod
+    def of(cls, rows, ids):
+        return cls(_bits(rows), ids)
+
+    @property
+    def count(self):
+        return (self.bits if self.ids is None else self.ids).shape[0]
+
+    @property
+    def width(self):
+        return self.bits.shape[1]
+
+    def cut(self, block):
+        """The block's rows; zeros in place of other groups'."""
+        at, own = _position(block, self.count)
+        if self.ids is None:
+            rows = lax.dynamic_slice_in_dim(self.bits, at, block.size)
+        else:
+            ids = lax.dynamic_slice_in_dim(self.ids, at, block.size)
+            rows = self.bits.at[ids].get(mode="clip")
+        return jnp.where(own, rows, jnp.zeros((), rows.dtype))
 
 
 def _over_sized_blocks(counts, n, body, carry):
@@ -147,12 +181,6 @@ def _position(block, n):
     at = jnp.minimum(block.start, n - block.size)
     row = at + jnp.arange(block.size)
     return at, ((row >= block.start) & (row < block.start + block.count))[:, None]
-
-
-def _cut(block, rows):
-    """The block's rows; zeros in place of other groups'."""
-    at, own = _position(block, rows.shape[0])
-    return jnp.where(own, lax.dynamic_slice_in_dim(rows, at, block.size), jnp.zeros((), rows.dtype))
 
 
 def _dot(a, b):

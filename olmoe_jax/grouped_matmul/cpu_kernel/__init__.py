@@ -19,9 +19,11 @@ TARGETS = ("olmoe_jax_matmul", "olmoe_jax_outer")
 COMMAND = "python -m olmoe_jax.grouped_matmul.cpu_kernel"
 
 
-def matmul(rows, weights, counts, *, transpose=False, instructions=""):
-    """See `grouped_matmul.matmul`; instructions: one of INSTRUCTIONS, default the best here.
+def matmul(rows, weights, counts, *, row_ids=None, init=None, transpose=False, instructions=""):
+    """See `grouped_matmul.matmul`; `init` is added to in place if nothing else needs it.
 
+    Args:
+      instructions: one of INSTRUCTIONS, default the best here.
     Raises:
       ValueError: shapes or dtypes do not fit each other, or the kernel is `missing`.
     """
@@ -31,18 +33,18 @@ def matmul(rows, weights, counts, *, transpose=False, instructions=""):
             "with transpose [n, f] and [e, d, f]"
         )
     _check(rows, weights, counts, groups=weights.shape[0])
-    width = weights.shape[1 if transpose else 2]
+    n = rows.shape[0] if row_ids is None else row_ids.shape[0]
+    out = jax.ShapeDtypeStruct((n, weights.shape[1 if transpose else 2]), rows.dtype)
     return _call(
         "olmoe_jax_matmul",
-        jax.ShapeDtypeStruct((rows.shape[0], width), rows.dtype),
-        rows,
-        weights,
-        counts,
+        out,
+        (rows, weights, counts, _ids(row_ids)),
+        init,
         attributes=dict(transpose=transpose, instructions=instructions),
     )
 
 
-def outer(left, right, counts, *, dtype, init=None, instructions=""):
+def outer(left, right, counts, *, left_ids=None, right_ids=None, dtype, init=None, instructions=""):
     """See `grouped_matmul.outer`.
 
     Args:
@@ -52,26 +54,24 @@ def outer(left, right, counts, *, dtype, init=None, instructions=""):
     Raises:
       ValueError: shapes or dtypes do not fit each other, or the kernel is `missing`.
     """
-    if left.ndim != 2 or right.ndim != 2 or left.shape[0] != right.shape[0]:
+    rows = [
+        x.shape[:1] if ids is None else ids.shape
+        for x, ids in ((left, left_ids), (right, right_ids))
+    ]
+    if left.ndim != 2 or right.ndim != 2 or rows[0] != rows[1]:
         raise ValueError(
-            f"left {left.shape} does not fit right {right.shape}: expected [n, d], [n, f]"
+            f"left {left.shape} does not fit right {right.shape}: expected [n, d], [n, f]; "
+            f"with ids as many on both sides, they are {rows}"
         )
     _check(left, right, counts, groups=counts.shape[0])
     out = jax.ShapeDtypeStruct((counts.shape[0], left.shape[1], right.shape[1]), jnp.dtype(dtype))
     if out.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"dtype is {out.dtype}: expected float32 or bfloat16")
-    arguments = (left, right, counts)
-    if init is not None:
-        if (init.shape, init.dtype) != (out.shape, out.dtype):
-            raise ValueError(
-                f"init is {init.dtype}{list(init.shape)}: expected {out.dtype}{list(out.shape)}"
-            )
-        arguments += (init,)
     return _call(
         "olmoe_jax_outer",
         out,
-        *arguments,
-        aliases={} if init is None else {3: 0},
+        (left, right, counts, _ids(left_ids), _ids(right_ids)),
+        init,
         attributes=dict(instructions=instructions),
     )
 
@@ -109,8 +109,25 @@ def _check(left, right, counts, *, groups):
         )
 
 
-def _call(name, out, *arguments, attributes, aliases=None):
+def _ids(ids):
+    """An empty array stands for rows in order."""
+    if ids is None:
+        return jnp.zeros(0, jnp.int32)
+    if ids.ndim != 1 or ids.dtype != jnp.int32:
+        raise ValueError(f"ids are {ids.dtype}{list(ids.shape)}: expected int32[n]")
+    return ids
+
+
+def _call(name, out, arguments, init, *, attributes):
     if reason := missing():
         raise ValueError(reason)
-    call = jax.ffi.ffi_call(name, out, vmap_method="sequential", input_output_aliases=aliases or {})
+    aliases = {}
+    if init is not None:
+        if (init.shape, init.dtype) != (out.shape, out.dtype):
+            raise ValueError(
+                f"init is {init.dtype}{list(init.shape)}: expected {out.dtype}{list(out.shape)}"
+            )
+        aliases = {len(arguments): 0}
+        arguments += (init,)
+    call = jax.ffi.ffi_call(name, out, vmap_method="sequential", input_output_aliases=aliases)
     return call(*arguments, **attributes)

@@ -103,7 +103,11 @@ void cut(const Product& p, std::vector<Product>& blocks) {
       Product block = p;
       block.m = std::min(rows, p.m - row);
       block.n = std::min(kMaxColumns, p.n - column);
-      block.a = moved(p.a, p.a_by_k ? row : row * p.a_stride, p.bf16);
+      if (p.a_ids && !p.a_by_k) {
+        block.a_ids = p.a_ids + row;
+      } else {
+        block.a = moved(p.a, p.a_by_k ? row : row * p.a_stride, p.bf16);
+      }
       block.b = moved(p.b, p.b_by_n ? column * p.b_stride : column, p.bf16);
       block.c = moved(p.c, row * p.c_stride + column, p.c_bf16);
       blocks.push_back(block);
@@ -133,16 +137,47 @@ ffi::Error check(const int32_t* counts, int64_t groups, int64_t rows) {
 
 bool is_bf16(ffi::DataType type) { return type == ffi::DataType::BF16; }
 
+using Ids = ffi::Buffer<ffi::S32>;  // empty: the rows are in order
+
+// Where the ids are, null if there are none; checked, as they become addresses.
+ffi::ErrorOr<const int32_t*> checked(Ids ids, ffi::AnyBuffer rows) {
+  const int64_t n = rows.dimensions()[0];
+  for (size_t i = 0; i < ids.element_count(); ++i) {
+    const int64_t id = ids.typed_data()[i];
+    if (id < 0 || id >= n) {
+      return ffi::Unexpected(wrong("id " + std::to_string(id) + " at " + std::to_string(i) +
+                                   ": there are " + std::to_string(n) + " rows"));
+    }
+  }
+  return ids.element_count() ? ids.typed_data() : nullptr;
+}
+
+// The result's memory, holding what the products are added to, if anything.
+ffi::Error start_from(ffi::RemainingArgs init, ffi::Result<ffi::AnyBuffer>& out) {
+  if (init.size() == 0) return ffi::Error::Success();
+  ffi::ErrorOr<ffi::AnyBuffer> from = init.get<ffi::AnyBuffer>(0);
+  if (!from) return from.error();
+  if (from->untyped_data() != out->untyped_data()) {
+    std::memcpy(out->untyped_data(), from->untyped_data(), out->size_bytes());
+  }
+  return ffi::Error::Success();
+}
+
 ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuffer weights,
-                  ffi::Buffer<ffi::S32> counts, ffi::Result<ffi::AnyBuffer> out, bool transpose,
+                  ffi::Buffer<ffi::S32> counts, Ids row_ids, ffi::RemainingArgs init,
+                  ffi::Result<ffi::AnyBuffer> out, bool transpose,
                   std::string_view instructions) {
   const InstructionSet* set = find(std::string(instructions));
   if (!set) return wrong("this processor lacks the instructions");
-  const int64_t n = rows.dimensions()[0], groups = weights.dimensions()[0];
+  const int64_t n = out->dimensions()[0], groups = weights.dimensions()[0];
   const int64_t d = weights.dimensions()[1], f = weights.dimensions()[2];
   if (ffi::Error error = check(counts.typed_data(), groups, n); error.failure()) return error;
+  ffi::ErrorOr<const int32_t*> ids = checked(row_ids, rows);
+  if (!ids) return ids.error();
+  if (ffi::Error error = start_from(init, out); error.failure()) return error;
 
   Product p = {};
+  p.add = init.size() > 0;
   p.n = transpose ? d : f;
   p.k = transpose ? f : d;
   p.a_stride = p.k;
@@ -154,7 +189,8 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuffer weig
   int64_t start = 0;
   for (int64_t g = 0; g < groups; ++g) {
     p.m = counts.typed_data()[g];
-    p.a = moved(rows.untyped_data(), start * p.k, p.bf16);
+    p.a = *ids ? rows.untyped_data() : moved(rows.untyped_data(), start * p.k, p.bf16);
+    p.a_ids = *ids ? *ids + start : nullptr;
     p.b = moved(weights.untyped_data(), g * d * f, p.bf16);
     p.c = moved(out->untyped_data(), start * p.n, p.bf16);
     cut(p, blocks);
@@ -169,13 +205,20 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuffer weig
 }
 
 ffi::Error outer(ffi::ThreadPool pool, ffi::AnyBuffer left, ffi::AnyBuffer right,
-                 ffi::Buffer<ffi::S32> counts, ffi::RemainingArgs init,
-                 ffi::Result<ffi::AnyBuffer> out, std::string_view instructions) {
+                 ffi::Buffer<ffi::S32> counts, Ids left_ids, Ids right_ids,
+                 ffi::RemainingArgs init, ffi::Result<ffi::AnyBuffer> out,
+                 std::string_view instructions) {
   const InstructionSet* set = find(std::string(instructions));
   if (!set) return wrong("this processor lacks the instructions");
-  const int64_t n = left.dimensions()[0], groups = counts.dimensions()[0];
+  const int64_t groups = counts.dimensions()[0];
   const int64_t d = left.dimensions()[1], f = right.dimensions()[1];
+  const int64_t n = left_ids.element_count() ? left_ids.element_count() : left.dimensions()[0];
   if (ffi::Error error = check(counts.typed_data(), groups, n); error.failure()) return error;
+  ffi::ErrorOr<const int32_t*> of_left = checked(left_ids, left);
+  if (!of_left) return of_left.error();
+  ffi::ErrorOr<const int32_t*> of_right = checked(right_ids, right);
+  if (!of_right) return of_right.error();
+  if (ffi::Error error = start_from(init, out); error.failure()) return error;
 
   Product p = {};
   p.m = d;
@@ -186,19 +229,14 @@ ffi::Error outer(ffi::ThreadPool pool, ffi::AnyBuffer left, ffi::AnyBuffer right
   p.bf16 = is_bf16(left.element_type());
   p.c_bf16 = is_bf16(out->element_type());
   p.add = init.size() > 0;
-  if (p.add) {
-    ffi::ErrorOr<ffi::AnyBuffer> from = init.get<ffi::AnyBuffer>(0);
-    if (!from) return from.error();
-    if (from->untyped_data() != out->untyped_data()) {
-      std::memcpy(out->untyped_data(), from->untyped_data(), out->size_bytes());
-    }
-  }
   std::vector<Product> blocks;
   int64_t start = 0;
   for (int64_t g = 0; g < groups; ++g) {
     p.k = counts.typed_data()[g];
-    p.a = moved(left.untyped_data(), start * d, p.bf16);
-    p.b = moved(right.untyped_data(), start * f, p.bf16);
+    p.a = *of_left ? left.untyped_data() : moved(left.untyped_data(), start * d, p.bf16);
+    p.b = *of_right ? right.untyped_data() : moved(right.untyped_data(), start * f, p.bf16);
+    p.a_ids = *of_left ? *of_left + start : nullptr;
+    p.b_ids = *of_right ? *of_right + start : nullptr;
     p.c = moved(out->untyped_data(), g * d * f, p.c_bf16);
     cut(p, blocks);
     start += p.k;
@@ -221,6 +259,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(olmoe_jax_matmul, matmul,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<Ids>()
+                                  .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<bool>("transpose")
                                   .Attr<std::string_view>("instructions"));
@@ -231,6 +271,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(olmoe_jax_outer, outer,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<Ids>()
+                                  .Arg<Ids>()
                                   .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<std::string_view>("instructions"));

@@ -137,14 +137,29 @@ Tile tile_with(int64_t rows) {
   return tiles[(rows < kTileRows ? rows : kTileRows) - 1];
 }
 
+// The lines of a matrix: in order, or where `ids` says.
+template <class Element>
+struct Lines {
+  const Element* from;
+  int64_t stride;
+  const int32_t* ids;
+
+  const Element* operator[](int64_t i) const { return from + (ids ? ids[i] : i) * stride; }
+  Lines at(int64_t line, int64_t element) const {
+    if (ids) return {from + element, stride, ids + line};
+    return {from + line * stride + element, stride, nullptr};
+  }
+};
+
 // [k][width] → panels of `panel` columns, each [words][stride]; k counts elements.
 template <class In>
-void pack_by_k(const typename In::Element* from, int64_t from_stride, int64_t k, int64_t width,
-               int panel, int stride, float* to) {
+void pack_by_k(const Lines<typename In::Element>& from, int64_t k, int64_t width, int panel,
+               int stride, float* to) {
   const int64_t words = (k + In::kPerWord - 1) / In::kPerWord;
   for (int64_t word = 0; word < words; ++word) {
-    const auto* first = from + word * In::kPerWord * from_stride;
-    const auto* second = word * In::kPerWord + 1 < k ? first + from_stride : nullptr;
+    const int64_t i = word * In::kPerWord;
+    const auto* first = from[i];
+    const auto* second = i + 1 < k ? from[i + 1] : nullptr;
     float* line = to + word * stride;
     for (int64_t start = 0; start < width; start += panel, line += words * stride) {
       for (int64_t j = 0; j < panel; j += kLanes) {
@@ -158,12 +173,12 @@ void pack_by_k(const typename In::Element* from, int64_t from_stride, int64_t k,
 
 // [rows][k] → the same with a fixed distance between rows and zeros behind.
 template <class In>
-void pack_rows(const typename In::Element* from, int64_t from_stride, int64_t k, int64_t rows,
-               float* to) {
-  for (int64_t row = 0; row < rows; ++row, from += from_stride, to += kRowStride) {
+void pack_rows(const Lines<typename In::Element>& from, int64_t k, int64_t rows, float* to) {
+  for (int64_t row = 0; row < rows; ++row, to += kRowStride) {
+    const auto* source = from[row];
     float* line = to;
     for (int64_t i = 0; i < k; i += kLanes * In::kPerWord, line += kLanes) {
-      store(line, In::along_k(from + i, k - i));
+      store(line, In::along_k(source + i, k - i));
     }
   }
 }
@@ -196,11 +211,14 @@ void pack_transposed(const typename In::Element* from, int64_t from_stride, int6
   }
 }
 
-// Part `part` of `parts` of the rows of a matrix into the second-level cache.
-void prefetch(const char* from, int64_t stride, int64_t rows, int64_t bytes, int64_t part,
+// Part `part` of `parts` of the first `elements` of each line into the second-level cache.
+template <class Element>
+void prefetch(const Lines<Element>& from, int64_t lines, int64_t elements, int64_t part,
               int64_t parts) {
-  for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row) {
-    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(from + row * stride + i, _MM_HINT_T1);
+  for (int64_t line = lines * part / parts; line < lines * (part + 1) / parts; ++line) {
+    const char* start = reinterpret_cast<const char*>(from[line]);
+    const int64_t bytes = elements * sizeof(Element);
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(start + i, _MM_HINT_T1);
   }
 }
 
@@ -211,8 +229,8 @@ void multiply(const Product& p, char* scratch) {
   float* packed_a = reinterpret_cast<float*>(scratch);
   float* packed_b = packed_a + kPackedA;
   float* sums = packed_b + 32 * kMaxDepth;
-  const auto* a = static_cast<const Element*>(p.a);
-  const auto* b = static_cast<const Element*>(p.b);
+  const Lines<Element> a = {static_cast<const Element*>(p.a), p.a_stride, p.a_ids};
+  const Lines<Element> b = {static_cast<const Element*>(p.b), p.b_stride, p.b_ids};
 
   // Pieces of k of about one size, in whole vectors.
   const int64_t most = kMaxDepth * In::kPerWord, vector = kLanes * In::kPerWord;
@@ -234,21 +252,20 @@ void multiply(const Product& p, char* scratch) {
 
     int64_t a_step;  // words from one tile's A to the next one's
     if (by_k) {
-      pack_by_k<In>(a + start * p.a_stride, p.a_stride, k, p.m, kTileRows, kDepthStride, packed_a);
+      pack_by_k<In>(a.at(start, 0), k, p.m, kTileRows, kDepthStride, packed_a);
       a_step = words * kDepthStride;
     } else {
-      pack_rows<In>(a + start, p.a_stride, k, p.m, packed_a);
+      pack_rows<In>(a.at(0, start), k, p.m, packed_a);
       a_step = kTileRows * kRowStride;
     }
     for (int64_t column = 0; column < p.n; column += kTileColumns) {
       const int64_t columns = p.n - column;
-      const Element* from = p.b_by_n ? b + column * p.b_stride + start
-                                     : b + start * p.b_stride + column;
+      const auto from = p.b_by_n ? b.at(column, start) : b.at(start, column);
       if (p.b_by_n) {
-        pack_transposed<In>(from, p.b_stride, k, columns, packed_b);
+        pack_transposed<In>(from[0], p.b_stride, k, columns, packed_b);
       } else {
-        pack_by_k<In>(from, p.b_stride, k, columns < kTileColumns ? columns : kTileColumns,
-                      kTileColumns, kTileColumns, packed_b);
+        pack_by_k<In>(from, k, columns < kTileColumns ? columns : kTileColumns, kTileColumns,
+                      kTileColumns, packed_b);
       }
       const bool more = columns > kTileColumns;
       const int64_t tiles = (p.m + kTileRows - 1) / kTileRows;
@@ -256,9 +273,8 @@ void multiply(const Product& p, char* scratch) {
         if (more) {  // the next columns of B arrive while these are used
           const int64_t ahead = columns - kTileColumns;
           const int64_t next = ahead < kTileColumns ? ahead : kTileColumns;
-          const Element* then = from + (p.b_by_n ? kTileColumns * p.b_stride : kTileColumns);
-          prefetch(reinterpret_cast<const char*>(then), p.b_stride * sizeof(Element),
-                   p.b_by_n ? next : k, (p.b_by_n ? k : next) * sizeof(Element), t, tiles);
+          const auto then = p.b_by_n ? from.at(kTileColumns, 0) : from.at(0, kTileColumns);
+          prefetch(then, p.b_by_n ? next : k, p.b_by_n ? k : next, t, tiles);
         }
         const int64_t row = t * kTileRows;
         tile_with<pairs, by_k>(p.m - row)(packed_a + t * a_step, packed_b, words, columns,

@@ -14,6 +14,9 @@ struct Product {
   const void* b;  // [k][n], or [n][k] if b_by_n
   void* c;        // [m][n]
   int64_t a_stride, b_stride, c_stride;
+  // Where the lines of A (its m, or its k if a_by_k) and of B (its k, never with b_by_n) lie: line i
+  // at a + a_ids[i] · a_stride. Null: in order.
+  const int32_t *a_ids, *b_ids;
   bool a_by_k, b_by_n;
   bool bf16;      // A and B; else float32
   bool c_bf16;

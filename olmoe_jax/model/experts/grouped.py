@@ -43,9 +43,8 @@ def _forward(backend, x, factors, weights, order):
     token_ids, of_choice, counts = order
     w_gate, w_up, w_down = (w.astype(x.dtype) for w in weights)
     matmul = functools.partial(grouped_matmul.matmul, counts=counts, backend=backend)
-    gathered = x[token_ids]
-    gate = checkpoint_name(matmul(gathered, w_gate), "expert_gate")
-    up = checkpoint_name(matmul(gathered, w_up), "expert_up")
+    gate = checkpoint_name(matmul(x, w_gate, row_ids=token_ids), "expert_gate")
+    up = checkpoint_name(matmul(x, w_up, row_ids=token_ids), "expert_up")
     hidden = _weighted_swiglu(gate, up, factors).astype(x.dtype)
     y = _add_to_tokens(matmul(hidden, w_down), of_choice)
     # The weights as they came: a scan over layers then does not store them a second time.
@@ -61,16 +60,17 @@ def _backward(backend, residuals, d_y):
     outer = functools.partial(
         grouped_matmul.outer, counts=counts, dtype=weights[0].dtype, backend=backend
     )
-    d_rows = d_y[token_ids]
-    d_hidden = matmul(d_rows, w_down)
+    d_hidden = matmul(d_y, w_down, row_ids=token_ids)
     # In float32 until the products need the compute dtype.
     hidden, pull = jax.vjp(_weighted_swiglu, gate, up, factors)
     d_gate, d_up, d_factors = pull(d_hidden.astype(hidden.dtype))
-    d_w_down = outer(hidden.astype(x.dtype), d_rows)
-    gathered = x[token_ids]
-    d_weights = (outer(gathered, d_gate), outer(gathered, d_up), d_w_down)
-    d_x = _add_to_tokens(matmul(d_gate, w_gate) + matmul(d_up, w_up), of_choice)
-    return d_x, d_factors, d_weights, None
+    d_weights = (
+        outer(x, d_gate, left_ids=token_ids),
+        outer(x, d_up, left_ids=token_ids),
+        outer(hidden.astype(x.dtype), d_y, right_ids=token_ids),
+    )
+    d_rows = matmul(d_up, w_up, init=matmul(d_gate, w_gate))
+    return _add_to_tokens(d_rows, of_choice), d_factors, d_weights, None
 
 
 _ffn.defvjp(_forward, _backward)
