@@ -18,8 +18,8 @@ from olmoe_jax.benchmarking import options as options_lib
 # Each a module of olmoe_jax.benchmarking with `run(options)`, which returns (what --json gets,
 # whether what was computed is right); imported when chosen, as JAX must find the allocator tuned.
 SUITES = (
-    "matmul_peak", "moe_layer", "train_step", "experts", "layers", "data", "checkpoint", "start_up",
-    "port",
+    "matmul_peak", "moe_layer", "train_step", "maxtext_step", "experts", "layers", "data",
+    "checkpoint", "start_up", "port",
 )  # fmt: skip
 
 _DEFAULT = options_lib.Options()
@@ -28,7 +28,9 @@ _ROUNDS = flags.DEFINE_integer(
     "rounds", _DEFAULT.rounds, "Undisturbed rounds; at most as many are repeated."
 )
 _PEER_PYTHON = flags.DEFINE_string(
-    "peer_python", None, "Interpreter of an environment that holds the peer (torch, transformers)."
+    "peer_python",
+    None,
+    "Interpreter of an environment that holds the peer (torch and transformers; or maxtext).",
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype", _DEFAULT.dtype, ("float32", "bfloat16"), "Of parameters, moments and products."

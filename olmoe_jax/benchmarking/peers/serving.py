@@ -7,13 +7,14 @@ import json
 import os
 import sys
 
+_ANSWERS = os.fdopen(os.dup(1), "w", encoding="utf-8")
+os.dup2(2, 1)  # what libraries print from here on must not come between the answers
+
 
 def serve(functions):
     """Answers each request {"do": name, …} with the dict of functions[name](…)."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print must not come between the answers
     for line in sys.stdin:
         request = json.loads(line)
         answer = functions[request.pop("do")](**request)
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        _ANSWERS.write(json.dumps(answer) + "\n")
+        _ANSWERS.flush()
