@@ -13,6 +13,7 @@ import importlib
 _PUBLIC = {
     "Config": "config",
     "ModelConfig": "config",
+    "RoutingOverride": "model.routing",
     "Transformer": "model.transformer",
     "accounting": None,
     "load": "loading",

@@ -12,6 +12,7 @@ def test_public_names_are_these():
     assert olmoe_jax.__all__ == [
         "Config",
         "ModelConfig",
+        "RoutingOverride",
         "Transformer",
         "accounting",
         "load",

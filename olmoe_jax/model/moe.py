@@ -46,11 +46,12 @@ class MoE(nn.Module):
     kernel_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x, token_mask):
+    def __call__(self, x, token_mask, override=None):
         """
         Args:
           x: [b, l, d].
           token_mask: bool [b, l]; False (padding) gets no expert.
+          override: `routing.RoutingOverride` of this layer, or None.
         Returns:
           ([b, l, d], `routing.Routing` with leading dimensions b, l).
         """
@@ -63,7 +64,7 @@ class MoE(nn.Module):
         )  # fmt: skip
         routed = routing.route(
             router_logits, token_mask, router=self.router, k=self.num_experts_per_token,
-            normalize=self.normalize_expert_weights, group=self.group,
+            normalize=self.normalize_expert_weights, group=self.group, override=override,
         )  # fmt: skip
         shapes = {"w_gate": (e, d, f), "w_up": (e, d, f), "w_down": (e, f, d)}
         weights = {

@@ -34,6 +34,33 @@ class Routing:
     num_slots: int = flax.struct.field(pytree_node=False)
 
 
+@flax.struct.dataclass
+class RoutingOverride:
+    """An intervention in the routing of a trained model, as data: another one compiles nothing.
+
+    `layers` are the MoE layers; in the modules below the Transformer their dimension is gone.
+
+    Attributes:
+      muted: bool [layers, experts]; such an expert is chosen as before and its output dropped, as
+        if its down projection were zero. The weights of the token's other experts stay as they are,
+        also in a model that divides them by their sum.
+      excluded: bool [layers, experts]; logit −inf before the softmax: tokens go to the next most
+        probable expert, and the probabilities of all that are left grow so that they sum to one.
+      random_seed: int32 [layers]; if not negative, every token goes to k experts drawn uniformly,
+        whatever it is, with the weights that the router gave to its own k. Token choice only.
+    """
+
+    muted: jax.Array
+    excluded: jax.Array
+    random_seed: jax.Array
+
+    @classmethod
+    def none(cls, num_layers, num_experts):
+        """One that changes nothing, to `replace` parts of; `num_layers` of MoE."""
+        nowhere = jnp.zeros((num_layers, num_experts), bool)
+        return cls(nowhere, nowhere, jnp.full(num_layers, -1, jnp.int32))
+
+
 def num_groups(batch, group) -> int:
     """Groups of `group` consecutive sequences in a batch; one if group is 0.
 
@@ -121,8 +148,12 @@ def get(name):
     return ROUTERS[name]
 
 
-def route(router_logits, token_mask, *, router, k, normalize=False, group=0) -> Routing:
+def route(
+    router_logits, token_mask, *, router, k, normalize=False, group=0, override=None
+) -> Routing:
     """Routing of every token by the router named `router`; padding gets no expert.
+
+    `override` is the `RoutingOverride` of this layer; the logits returned are those that were used.
 
     The decision is named for `jax.checkpoint`: a layer that is recomputed in the backward pass
     reuses the saved logits, ids and weights (`SAVED_NAMES`). Recomputed logits may differ in the
@@ -131,12 +162,27 @@ def route(router_logits, token_mask, *, router, k, normalize=False, group=0) -> 
     """
     name = ad_checkpoint.checkpoint_name
     router_logits = name(router_logits.astype(jnp.float32), "router_logits")
+    if override is not None:
+        router_logits = jnp.where(override.excluded, -jnp.inf, router_logits)
     routing = get(router)(router_logits, token_mask, k=k, normalize=normalize, group=group)
+    if override is not None:
+        routing = _overridden(routing, override, router)
     real = token_mask[..., None]
     return routing.replace(
         expert_ids=name(jnp.where(real, routing.expert_ids, -1), "expert_ids"),
         weights=name(jnp.where(real, routing.weights, 0.0), "expert_weights"),
     )
+
+
+def _overridden(routing, override, router):
+    expert_ids = routing.expert_ids
+    if router == "token_choice":
+        shape, k = routing.logits.shape, expert_ids.shape[-1]
+        noise = jax.random.uniform(jax.random.key(override.random_seed.astype(jnp.uint32)), shape)
+        drawn = jax.lax.top_k(jnp.where(override.excluded, -1.0, noise), k)[1]
+        expert_ids = jnp.where(override.random_seed >= 0, drawn, expert_ids)
+    is_muted = override.muted[expert_ids] & (expert_ids >= 0)
+    return routing.replace(expert_ids=expert_ids, weights=jnp.where(is_muted, 0.0, routing.weights))
 
 
 SAVED_NAMES = ("router_logits", "expert_ids", "expert_weights")

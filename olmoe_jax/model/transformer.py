@@ -54,7 +54,7 @@ class Block(nn.Module):
     routing_group: int
 
     @nn.compact
-    def __call__(self, x, positions, segment_ids, token_mask):
+    def __call__(self, x, positions, segment_ids, token_mask, override=None):
         c, init = self.config, _kernel_init(self.config)
         attention_norm, ffn_norm = (
             norms.NORMS[c.norm](c.norm_eps, name=name) for name in ("attention_norm", "ffn_norm")
@@ -77,7 +77,7 @@ class Block(nn.Module):
                 router_dtype=jnp.dtype(c.router_dtype), expert_backend=c.expert_backend,
                 capacity_factor=c.capacity_factor, group=self.routing_group,
                 kernel_init=init, name="moe",
-            )(h, token_mask)  # fmt: skip
+            )(h, token_mask, override)  # fmt: skip
         else:
             y = moe.FeedForward(c.d_ff, init, name="ffn")(h)
         x += y if pre else ffn_norm(y)
@@ -108,12 +108,12 @@ class Layers(nn.Module):
     routing_group: int
 
     @nn.compact
-    def __call__(self, x, positions, segment_ids, token_mask):
+    def __call__(self, x, positions, segment_ids, token_mask, override):
         c, routings, rms = self.config, [], []
         block = nn.remat(Block, policy=_saved(c.remat), prevent_cse=False)  # inside a scan
         for p in range(c.moe_every):
             layer = block(c, c.is_moe_layer(p), self.routing_group, name=f"block_{p}")
-            x, routed, layer_rms = layer(x, positions, segment_ids, token_mask)
+            x, routed, layer_rms = layer(x, positions, segment_ids, token_mask, override)
             routings.append(routed)
             rms.append(layer_rms)
         return x, (routings[-1], jnp.stack(rms))
@@ -154,13 +154,15 @@ class Transformer(nn.Module):
             Layers,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
             length=c.num_layers // c.moe_every,
         )
         self.layers = scanned(c, self.routing_group)
         self.final_norm = norms.NORMS[c.norm](c.norm_eps)
 
-    def features(self, input_ids, *, positions=None, segment_ids=None, token_mask=None) -> Features:
+    def features(
+        self, input_ids, *, positions=None, segment_ids=None, token_mask=None, routing_override=None
+    ) -> Features:
         """The model without its head; arguments as `__call__`."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
@@ -171,12 +173,13 @@ class Transformer(nn.Module):
         table = sharding.constrain(self.embedding.astype(self.config.dtype), "vocab", None)
         x = table[input_ids]
         x = sharding.constrain(x, "batch", None, None)
-        x, (routed, rms) = self.layers(x, positions, segment_ids, token_mask)
+        x, (routed, rms) = self.layers(x, positions, segment_ids, token_mask, routing_override)
         return Features(self.final_norm(x), routed, rms.reshape(-1))
 
     def __call__(
-        self, input_ids, *, positions=None, segment_ids=None, token_mask=None, return_routing=False
-    ) -> Output:
+        self, input_ids, *, positions=None, segment_ids=None, token_mask=None,
+        routing_override=None, return_routing=False,
+    ) -> Output:  # fmt: skip
         """Next-token logits.
 
         Args:
@@ -186,11 +189,14 @@ class Transformer(nn.Module):
             segment.
           token_mask: bool [batch, length]; False is padding, which no expert computes. Default:
             all True.
+          routing_override: `routing.RoutingOverride` with a first dimension over the MoE layers:
+            mute experts, go around them, or route at random.
           return_routing: also return the routing of every MoE layer.
         """
         features = self.features(
-            input_ids, positions=positions, segment_ids=segment_ids, token_mask=token_mask
-        )
+            input_ids, positions=positions, segment_ids=segment_ids, token_mask=token_mask,
+            routing_override=routing_override,
+        )  # fmt: skip
         logits = features.hidden @ self.head_weights().astype(self.config.dtype).T
         return Output(logits, features.routing if return_routing else None)
 
