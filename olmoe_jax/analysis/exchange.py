@@ -31,6 +31,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import zipfile
+import zlib
 
 import numpy as np
 
@@ -57,7 +59,7 @@ def read_arrays(path, **options) -> trace.MemoryTrace:
     try:
         loaded = np.load(path, allow_pickle=False)
         arrays = {n: loaded[n] for n in loaded.files} if path.suffix == ".npz" else None
-    except (OSError, EOFError, ValueError, AttributeError) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: not a file of arrays that numpy.load reads ({error})") from None
     if arrays is None:
         return foreign.make(loaded, where=str(path), **options)
@@ -154,14 +156,15 @@ def read_csv(path, **options) -> trace.MemoryTrace:
             raise ValueError(f"{path}: column {name}: {error}") from None
 
     layer = column("layer")
-    count = next((n for n in range(1, len(layer)) if layer[n] == layer[0]), len(layer))
-    if len(layer) % count or (layer.reshape(-1, count) != layer[:count]).any():
-        bad = next(
-            n for n in range(len(layer)) if layer[n] != layer[n % count] or n == len(layer) - 1
-        )
+    count = next((n for n in range(1, len(layer)) if layer[n] in layer[:n]), len(layer))
+    expected = np.resize(layer[:count], -(-len(layer) // count) * count)
+    found = np.append(layer, np.full(len(expected) - len(layer), -1))
+    if (wrong := found != expected).any():
+        bad = int(wrong.argmax())
+        what = f"layer {layer[bad]}" if bad < len(layer) else "the end of the file"
         raise ValueError(
-            f"{path}, line {bad + 2}: layer {layer[bad]}: every token must have the layers of the "
-            f"first one, {', '.join(map(str, layer[:count]))}"
+            f"{path}, line {bad + 2}: {what}: every token must have the layers of the first one, "
+            f"{', '.join(map(str, layer[:count]))}"
         )
     stack = lambda names, kind: np.stack([column(n, kind) for n in names], -1)  # noqa: E731
     arrays = {"expert_ids": stack(experts, np.int64).reshape(-1, count, len(experts))}

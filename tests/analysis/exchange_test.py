@@ -198,6 +198,7 @@ def test_a_file_that_is_wrong_says_where(tmp_path):
     for change, message in [
         (lambda r: r[3].pop(), "line 4: .*values, expected"),
         (lambda r: r.pop(3), "line 4: layer 3: every token must have the layers.*1, 3"),
+        (lambda r: r.pop(), "line 11: the end of the file: every token must have"),
         (lambda r: r[3].__setitem__(at, "x"), "column layer"),
         (lambda r: r[3].__setitem__(rows[0].index("input_id"), "77"), "input_id differs between"),
         (lambda r: r[0].__setitem__(at, "depth"), "expected layer, expert_0"),
