@@ -98,8 +98,11 @@ class Weights:
             rows = self._source.read(name, (slice(*slab),))
             transposing.copy(rows, out[slice(*slab)], transpose=False)
 
+        # A run's checkpoint holds an array in one chunk, which every slab of it would read anew.
+        whole = self._source.format is None
+        slabs = [(0, shape[0])] if whole else streamed.slabs(shape, stored)
         with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-            list(pool.map(fill, streamed.slabs(shape, stored)))
+            list(pool.map(fill, slabs))
         return jax.device_put(out, jax.local_devices()[0], may_alias=True)
 
 

@@ -78,7 +78,7 @@ class TraceWriter:
 
     def __init__(self, path, info):
         self._info = dataclasses.replace(info, near_ties=())
-        self._partial = partial.Partial(path, {"trace": dataclasses.asdict(self._info)})
+        self._partial = partial.Partial(path, dataclasses.asdict(self._info))
         try:
             sound = self._partial.sound(lambda name, _: _bytes(self._partial.folder / name))
             self._chunks = []

@@ -9,37 +9,11 @@ import pytest
 from hypothesis import strategies as st
 
 from olmoe_jax.analysis import exchange, foreign, trace
+from tests.analysis import models
 
-EXPERTS = 7
+EXPERTS = models.EXPERTS
 FORMS = ("npz", "jsonl", "csv")
 SETTINGS = hypothesis.settings(derandomize=True, deadline=None, max_examples=12)
-
-
-def make(tokens=5, layers=(1, 3), k=3, *, seed=0, weights=True, losses=True):
-    """A trace of random choices whose fields all differ."""
-    rng = np.random.default_rng(seed)
-    scores = rng.normal(0, 2, (tokens, len(layers), EXPERTS))
-    probs = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-    ids = np.argsort(-probs, axis=-1)[..., :k].astype(np.int16)
-    documents = np.cumsum(np.append(0, rng.integers(0, 2, tokens - 1))).astype(np.int32)
-    block = trace.Block(
-        expert_ids=ids,
-        weights=np.take_along_axis(probs, ids, -1).astype(np.float32) if weights else None,
-        input_ids=rng.integers(0, 50, tokens, dtype=np.int32),
-        predicted_ids=rng.integers(50, 99, tokens, dtype=np.int32),
-        next_ids=rng.integers(-1, 1, tokens, dtype=np.int32),
-        documents=documents,
-        losses=np.append(rng.random(tokens - 1, np.float32), np.nan).astype(np.float32)
-        if losses
-        else None,
-    )
-    info = trace.TraceInfo(
-        model="m", checkpoint="step5-tokens2K", step=5, train_tokens=2048, domain="d é",
-        layers=tuple(layers), num_experts=EXPERTS, num_experts_per_token=k, num_tokens=tokens,
-        num_documents=int(documents[-1]) + 1, vocab_size=99, context_length=4, precision="bfloat16",
-        near_ties=tuple(range(len(layers))),
-    )  # fmt: skip
-    return trace.MemoryTrace(info, block), scores
 
 
 def same(a, b):
@@ -60,7 +34,7 @@ def same(a, b):
 def test_what_is_written_is_read_again(
     tmp_path_factory, form, tokens, layers, k, weights, losses, seed
 ):
-    source, _ = make(tokens, layers, k, seed=seed, weights=weights, losses=losses)
+    source, _ = models.random_trace(tokens, layers, k, seed=seed, weights=weights, losses=losses)
     path = tmp_path_factory.mktemp("forms") / f"a.{form}"
     exchange.write(path, source)
     found = exchange.read(path, num_experts=EXPERTS)
@@ -72,7 +46,7 @@ def test_what_is_written_is_read_again(
 
 
 def test_arrays_of_vllm_and_sglang_are_read(tmp_path):
-    ids = make()[0].tokens.expert_ids
+    ids = models.random_trace()[0].tokens.expert_ids
     np.save(tmp_path / "vllm.npy", ids.astype(np.uint8))
     received = base64.b64encode(ids.astype(np.int32).tobytes())
     sglang = np.frombuffer(base64.b64decode(received), np.int32).reshape(5, 2, 3)
@@ -86,7 +60,7 @@ def test_arrays_of_vllm_and_sglang_are_read(tmp_path):
 
 
 def test_placeholders_of_dense_layers_are_left_out():
-    ids = make(layers=(0, 1))[0].tokens.expert_ids
+    ids = models.random_trace(layers=(0, 1))[0].tokens.expert_ids
     padded = np.stack([np.zeros_like(ids[:, 0]), ids[:, 0], ids[:, 1]], axis=1)
     found = foreign.make(padded, num_experts=EXPERTS)
     assert found.info.layers == (1, 2)
@@ -97,7 +71,7 @@ def test_placeholders_of_dense_layers_are_left_out():
 
 
 def test_logits_give_ids_and_weights_as_a_loop_does():
-    source, scores = make()
+    source, scores = models.random_trace()
     for found in (
         foreign.make(router_logits=scores, k=3),
         foreign.make(source.tokens.expert_ids, router_logits=scores),
@@ -112,7 +86,7 @@ def test_logits_give_ids_and_weights_as_a_loop_does():
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, "bfloat16"])
 def test_probabilities_that_pose_as_logits_are_refused(dtype):
-    _, scores = make()
+    _, scores = models.random_trace()
     probs = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     with pytest.raises(ValueError, match="are probabilities.*every row sums to 1"):
         foreign.make(router_logits=probs.astype(dtype), k=3)
@@ -121,7 +95,7 @@ def test_probabilities_that_pose_as_logits_are_refused(dtype):
 
 
 def test_renormalised_weights_are_refused_unless_ignored():
-    block = make()[0].tokens
+    block = models.random_trace()[0].tokens
     weights = block.weights / block.weights.sum(-1, keepdims=True)
     with pytest.raises(ValueError, match="renormalised"):
         foreign.make(block.expert_ids, weights=weights, num_experts=EXPERTS)
@@ -132,7 +106,7 @@ def test_renormalised_weights_are_refused_unless_ignored():
 
 
 def _changed(**changes):
-    block = make()[0].tokens
+    block = models.random_trace()[0].tokens
     arrays = {"expert_ids": block.expert_ids.astype(int), "num_experts": EXPERTS}
     return arrays | {name: change(block) for name, change in changes.items()}
 
@@ -175,7 +149,7 @@ def test_arrays_that_are_wrong_are_refused(arrays, message):
 
 
 def test_a_file_that_is_wrong_says_where(tmp_path):
-    source, _ = make()
+    source, _ = models.random_trace()
     for form in FORMS:
         exchange.write(tmp_path / f"a.{form}", source)
     lines = (tmp_path / "a.jsonl").read_text().splitlines()

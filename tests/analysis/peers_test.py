@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from olmoe_jax.analysis import recording, texts, trace
-from tests.analysis import recording_test
+from tests.analysis import models
 from tests.porting import peers, tiny
 
 FP32 = 1e-5  # order of summation over three layers, of weights below 1
@@ -27,7 +27,7 @@ def test_choices_weights_and_losses_are_those_of_transformers(case, streamed, tm
     logits, router_logits = peers.run(theirs, tokens)
     text = texts.Text("random", tokens.reshape(-1), np.zeros(tokens.size, np.int32), 17)
     (found,) = recording.record(
-        tmp_path / "model", [text], accumulate=recording_test.Blocks, streamed=streamed,
+        tmp_path / "model", [text], accumulate=models.Blocks, streamed=streamed,
         tokens_per_batch=34, announce=tiny.quiet,
     )  # fmt: skip
     block = trace.join(found.accumulated)

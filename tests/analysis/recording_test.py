@@ -3,6 +3,9 @@ import functools
 import json
 import pathlib
 import shutil
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +17,13 @@ from olmoe_jax import checkpoints, config
 from olmoe_jax.analysis import layerwise, recording, scratch, sinks, suites, trace, trace_files
 from olmoe_jax.analysis import texts as texts_lib
 from olmoe_jax.data import tokenizer as tokenizer_lib
+from olmoe_jax.porting import sources
 from tests.analysis import models
 from tests.porting import foreign, tiny
 
 FP32 = 2e-6  # order of summation over three layers, of weights below 1
 HALF = 2.0**-11  # float16, relative
-
-
-class Blocks(list):
-    """Accumulates by keeping."""
-
-    def __init__(self, info):
-        super().__init__()
-        self.info = info
-
-    add = list.append
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +91,7 @@ def _agrees(got, want):
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_every_token_is_recorded_as_the_model_computes_it(model, streamed):
-    found = _record(model, _texts(), accumulate=Blocks, streamed=streamed)
+    found = _record(model, _texts(), accumulate=models.Blocks, streamed=streamed)
     for text, one in zip(_texts(), found, strict=True):
         block, ties = _expected(model, text)
         _agrees(trace.join(one.accumulated), block)
@@ -114,10 +109,10 @@ def test_every_token_is_recorded_as_the_model_computes_it(model, streamed):
 
 def test_streamed_and_resident_give_the_same_bits(model, tmp_path):
     texts = _texts()
-    once = _record(model, texts, tmp_path / "resident", streamed=False, accumulate=Blocks)
+    once = _record(model, texts, tmp_path / "resident", streamed=False, accumulate=models.Blocks)
     layer = _record(model, texts, tmp_path / "streamed", streamed=True)
     few = _record(model, texts, tmp_path / "few", streamed=True, carried_tokens=30)
-    direct = _record(model, texts, accumulate=Blocks, streamed=False)
+    direct = _record(model, texts, accumulate=models.Blocks, streamed=False)
     for a, b, c, d in zip(once, layer, few, direct, strict=True):
         assert a.info == b.info == c.info == d.info
         _same(models.whole(a.trace), models.whole(b.trace))
@@ -156,7 +151,7 @@ def test_other_architectures(changes, tmp_path):
         kept.save_params(3, params)
     ids = np.random.default_rng(1).integers(0, run.model.vocab_size, 19).astype(np.int32)
     text = texts_lib.Text("a", ids, np.arange(19, dtype=np.int32) // 8, 8)
-    (found,) = _record(tmp_path / "run", [text], accumulate=Blocks, streamed=True)
+    (found,) = _record(tmp_path / "run", [text], accumulate=models.Blocks, streamed=True)
     block, ties = _expected(tmp_path / "run", text)
     _agrees(trace.join(found.accumulated), block)
     moe = [i for i in range(run.model.num_layers) if run.model.is_moe_layer(i)]
@@ -169,7 +164,7 @@ def test_all_four_kinds_of_directory_give_one_trace(tmp_path):
     ids = np.arange(20, dtype=np.int32)
     text = texts_lib.Text("a", ids, np.zeros(20, np.int32), 16)
     found = [
-        _record(tmp_path / name, [text], accumulate=Blocks, streamed=True)[0]
+        _record(tmp_path / name, [text], accumulate=models.Blocks, streamed=True)[0]
         for name in ("run", "hf", "olmo", "orbax")
     ]
     for one in found[1:]:
@@ -182,7 +177,7 @@ def test_bfloat16_is_mimicked(model):
     exact, _ = _expected(model, text)
     found = {}
     for dtype, precision in (("float32", "bfloat16"), ("bfloat16", "bfloat16")):
-        options = {"dtype": dtype, "precision": precision, "accumulate": Blocks}
+        options = {"dtype": dtype, "precision": precision, "accumulate": models.Blocks}
         (one,) = _record(model, [text], streamed=True, **options)
         (two,) = _record(model, [text], streamed=False, **options)
         _same(trace.join(one.accumulated), trace.join(two.accumulated))
@@ -211,6 +206,19 @@ def test_near_ties_are_those_that_rounding_can_close():
     assert closed.sum() > 10 and not (closed & ~found).any()
     assert found.sum() < 8 * closed.sum()
     assert not layerwise.is_near_tie(jnp.zeros((3, 6)), 6).any()
+
+
+def test_padding_has_no_near_ties(model):
+    weights = layerwise.Weights(sources.open_source(model), foreign.MODEL)
+    x = np.random.default_rng(0).normal(0, 1, (2, 300, foreign.MODEL.d_model)).astype(np.float32)
+    real = np.zeros((2, 300), bool)
+    real[1] = True
+    _, choices = layerwise.apply_layer(
+        weights.layer(0), x, real, config=foreign.MODEL, is_moe=True
+    )  # fmt: skip
+    assert choices.near_ties[0] == 0 < choices.near_ties[1] < 60
+    assert (np.asarray(choices.expert_ids)[0] == -1).all()
+    assert (np.asarray(choices.weights)[0] == 0).all()
 
 
 class Killed(Exception):
@@ -249,6 +257,34 @@ def test_streaming_goes_on_where_it_was_killed(model, tmp_path, monkeypatch, cal
         assert a.info == b.info
         _same(models.whole(a.trace), models.whole(b.trace))
     assert not (tmp_path / "out.scratch").exists()
+
+
+_CHILD = """
+import os, signal, sys
+from olmoe_jax.analysis import layerwise, scratch
+from tests.analysis import recording_test
+scratch.MARK_SECONDS, real, count = 0.0, layerwise.apply_layer, [0]
+def apply_layer(*args, **options):
+    if count[0] == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+    count[0] += 1
+    return real(*args, **options)
+layerwise.apply_layer = apply_layer
+recording_test._record(sys.argv[1], recording_test._texts(), sys.argv[2], streamed=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_was_killed_lost_nothing(model, tmp_path, monkeypatch):
+    command = [sys.executable, "-c", _CHILD, str(model), str(tmp_path / "out")]
+    assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == -signal.SIGKILL
+    count = _kill_after(monkeypatch, -1)
+    found = _record(model, _texts(), tmp_path / "out", streamed=True)
+    assert count[0] == 18 - 10
+    expected = _record(model, _texts(), tmp_path / "whole", streamed=True)
+    for a, b in zip(expected, found, strict=True):
+        assert a.info == b.info
+        _same(models.whole(a.trace), models.whole(b.trace))
 
 
 @pytest.mark.parametrize("chunk", [1, 1000])
@@ -309,7 +345,7 @@ def test_a_finished_trace_is_not_recorded_again(model, tmp_path, monkeypatch):
     _record(model, _texts()[:2], tmp_path / "out", streamed=True)
     with monkeypatch.context() as patch:
         count = _kill_after(patch, -1)
-        found = _record(model, _texts(), tmp_path / "out", streamed=True, accumulate=Blocks)
+        found = _record(model, _texts(), tmp_path / "out", streamed=True, accumulate=models.Blocks)
     assert count[0] == 2 * 3  # the third text only
     assert [one.tokens for one in found] == [0, 0, 33]
     for text, one in zip(_texts(), found, strict=True):
@@ -321,9 +357,9 @@ def test_a_finished_trace_is_not_recorded_again(model, tmp_path, monkeypatch):
 
 
 def test_a_second_layer_compiles_nothing(model, compilations):
-    _record(model, _texts(), accumulate=Blocks, streamed=True)
+    _record(model, _texts(), accumulate=models.Blocks, streamed=True)
     before = compilations()
-    _record(model, _texts(), accumulate=Blocks, streamed=True)
+    _record(model, _texts(), accumulate=models.Blocks, streamed=True)
     assert compilations() == before
 
 
@@ -332,7 +368,7 @@ def _tokenizer(vocab_size):
 
 
 def _refused(model, text=None, **options):
-    _record(model, [text or models.text("a", 9)], **({"accumulate": Blocks} | options))
+    _record(model, [text or models.text("a", 9)], **({"accumulate": models.Blocks} | options))
 
 
 def test_settings_and_texts_that_do_not_fit_are_refused(model, tmp_path):
@@ -348,11 +384,13 @@ def test_settings_and_texts_that_do_not_fit_are_refused(model, tmp_path):
         with pytest.raises(ValueError, match=message):
             _refused(model, **options)
     with pytest.raises(ValueError, match="no text"):
-        _record(model, [], accumulate=Blocks)
+        _record(model, [], accumulate=models.Blocks)
     with pytest.raises(ValueError, match="two texts are of the domain 'a'"):
-        _record(model, [models.text("a", 5), models.text("a", 6)], accumulate=Blocks)
+        _record(model, [models.text("a", 5), models.text("a", 6)], accumulate=models.Blocks)
     with pytest.raises(ValueError, match=r"context lengths \[7, 11\]"):
-        _record(model, [models.text("a", 5), models.text("b", 6, length=7)], accumulate=Blocks)
+        _record(
+            model, [models.text("a", 5), models.text("b", 6, length=7)], accumulate=models.Blocks
+        )
     text = models.text("a", 9)
     wrong = dataclasses.replace(text, tokens=text.tokens + 50)
     with pytest.raises(ValueError, match=r"has token \d+, .* knows 0\.\.52.*tokenizer"):
@@ -402,7 +440,12 @@ def test_what_does_not_fit_in_memory_is_streamed(model, monkeypatch):
     for free, streamed in ((10**12, False), (1000, True)):
         monkeypatch.setattr(recording.machine, "free_memory", lambda free=free: free)
         said.clear()
-        _record(model, [models.text("a", 40, documents=1)], accumulate=Blocks, announce=said.append)
+        _record(
+            model,
+            [models.text("a", 40, documents=1)],
+            accumulate=models.Blocks,
+            announce=said.append,
+        )
         assert any("layer by layer" in line for line in said) == streamed
     assert any("1 of 1 documents are longer than the context" in line for line in said)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import strategies as st
 
 from olmoe_jax.analysis import trace, trace_files
-from tests.analysis import exchange_test, models
+from tests.analysis import models
 
 HALF = 2.0**-11  # float16 keeps so much of a weight
 SETTINGS = hypothesis.settings(derandomize=True, deadline=None, max_examples=15)
@@ -38,7 +38,7 @@ def _same(found, block):
 )  # fmt: skip
 def test_a_trace_comes_back_from_the_disk(tmp_path_factory, tokens, cuts, size, k, weights, losses):
     path = tmp_path_factory.mktemp("traces") / "one"
-    source, _ = exchange_test.make(tokens, k=k, weights=weights, losses=losses)
+    source, _ = models.random_trace(tokens, k=k, weights=weights, losses=losses)
     edges = sorted({0, tokens, *(c for c in cuts if c < tokens)})
     with trace_files.TraceWriter(path, source.info) as writer:
         for number, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
@@ -55,7 +55,7 @@ def test_a_trace_comes_back_from_the_disk(tmp_path_factory, tokens, cuts, size, 
 
 
 def test_a_chunk_is_what_the_format_says(tmp_path):
-    source, _ = exchange_test.make(6)
+    source, _ = models.random_trace(6)
     path = trace_files.write(tmp_path / "one", source).path
     with np.load(path / "chunk_00000.npz") as arrays:
         assert {n: (a.dtype.str, a.shape) for n, a in arrays.items()} == {
@@ -70,7 +70,7 @@ def test_a_chunk_is_what_the_format_says(tmp_path):
 
 
 def test_ids_above_127_survive(tmp_path):
-    source, _ = exchange_test.make(3)
+    source, _ = models.random_trace(3)
     block = dataclasses.replace(source.tokens, expert_ids=source.tokens.expert_ids + 250)
     info = dataclasses.replace(source.info, num_experts=300)
     found = trace_files.write(tmp_path / "one", trace.MemoryTrace(info, block))
@@ -88,7 +88,7 @@ def _interrupted(path, source, tokens=9):
 
 
 def test_what_was_interrupted_goes_on_behind_its_last_whole_chunk(tmp_path):
-    source, _ = exchange_test.make(11)
+    source, _ = models.random_trace(11)
     _interrupted(tmp_path / "one", source)
     assert not (tmp_path / "one").exists()
     with pytest.raises(FileNotFoundError, match="recording did not finish"):
@@ -105,7 +105,7 @@ def test_what_was_interrupted_goes_on_behind_its_last_whole_chunk(tmp_path):
 
 
 def test_a_chunk_that_was_damaged_is_written_again(tmp_path):
-    source, _ = exchange_test.make(11)
+    source, _ = models.random_trace(11)
     _interrupted(tmp_path / "one", source)
     first = tmp_path / "one.partial" / "chunk_00000.npz"
     first.write_bytes(first.read_bytes()[:-1])
@@ -116,7 +116,7 @@ def test_a_chunk_that_was_damaged_is_written_again(tmp_path):
 
 
 def test_another_trace_does_not_go_on_with_it(tmp_path):
-    source, _ = exchange_test.make(11)
+    source, _ = models.random_trace(11)
     _interrupted(tmp_path / "one", source)
     with pytest.raises(ValueError, match="left by another job.*precision"):
         trace_files.TraceWriter(
@@ -125,10 +125,10 @@ def test_another_trace_does_not_go_on_with_it(tmp_path):
 
 
 def test_what_does_not_fit_is_refused_when_written(tmp_path):
-    source, _ = exchange_test.make(5)
+    source, _ = models.random_trace(5)
     with trace_files.TraceWriter(tmp_path / "one", source.info) as writer:
         with pytest.raises(ValueError, match=r"expected \[tokens, \(2, 3\)\]"):
-            writer.add(exchange_test.make(5, k=2)[0].tokens)
+            writer.add(models.random_trace(5, k=2)[0].tokens)
         ids = source.tokens.expert_ids + 1
         with pytest.raises(ValueError, match=r"expected -1\.\.6"):
             writer.add(dataclasses.replace(source.tokens, expert_ids=ids))
@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_refused_when_written(tmp_path):
 
 
 def test_damage_is_noticed_when_read(tmp_path):
-    source, _ = exchange_test.make(6)
+    source, _ = models.random_trace(6)
     path = trace_files.write(tmp_path / "one", source).path
     file, info = path / "chunk_00000.npz", path / "trace.json"
     whole, text = file.read_bytes(), info.read_text()
@@ -150,7 +150,7 @@ def test_damage_is_noticed_when_read(tmp_path):
     file.unlink()
     with pytest.raises(ValueError, match="chunk_00000.npz: missing or damaged"):
         models.whole(trace_files.open_trace(path))
-    other = trace_files.write(tmp_path / "two", exchange_test.make(5)[0]).path
+    other = trace_files.write(tmp_path / "two", models.random_trace(5)[0]).path
     file.write_bytes((other / "chunk_00000.npz").read_bytes())
     with pytest.raises(ValueError, match=r"expert_ids is \(5, 2, 3\), expected \(6, 2, 3\)"):
         models.whole(trace_files.open_trace(path))
