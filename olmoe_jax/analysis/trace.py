@@ -61,6 +61,8 @@ class Block:
       input_ids, predicted_ids, next_ids: int32 [tokens]: the token, the model's most probable next
         token, the true next token; -1: none, or not known.
       documents: int32 [tokens], the document's number in the trace, never falling.
+      losses: float32 [tokens], −log p(true next token) in nats, NaN where there is none; or None
+        where the source holds no losses.
     """
 
     expert_ids: np.ndarray
@@ -69,6 +71,7 @@ class Block:
     predicted_ids: np.ndarray
     next_ids: np.ndarray
     documents: np.ndarray
+    losses: np.ndarray | None = None
 
     def __len__(self):
         return len(self.expert_ids)
@@ -94,6 +97,17 @@ class MemoryTrace:
         """All tokens in order, at most `size` at a time."""
         for start in range(0, len(self.tokens), size):
             yield cut(self.tokens, slice(start, start + size))
+
+
+def join(blocks) -> Block:
+    """Blocks one behind the other; what one of them lacks, the result lacks."""
+    columns = {f.name: [getattr(b, f.name) for b in blocks] for f in dataclasses.fields(Block)}
+    return Block(
+        **{
+            name: None if any(a is None for a in arrays) else np.concatenate(arrays)
+            for name, arrays in columns.items()
+        }
+    )
 
 
 def cut(block, part) -> Block:

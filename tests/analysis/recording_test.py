@@ -1,0 +1,458 @@
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import olmoe_jax
+from olmoe_jax import checkpoints, config
+from olmoe_jax.analysis import layerwise, recording, scratch, sinks, suites, trace, trace_files
+from olmoe_jax.analysis import texts as texts_lib
+from olmoe_jax.data import tokenizer as tokenizer_lib
+from olmoe_jax.porting import sources
+from tests.analysis import models
+from tests.porting import foreign, tiny
+
+FP32 = 2e-6  # order of summation over three layers, of weights below 1
+HALF = 2.0**-11  # float16, relative
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return models.folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def _texts():
+    return [models.text("a", 50, seed=1), models.text("b/c", 7, seed=2), models.text("d", 33)]
+
+
+def _record(model, texts, output=None, **options):
+    options = {"announce": tiny.quiet, "tokens_per_batch": 2 * models.LENGTH} | options
+    return list(recording.record(model, texts, output, **options))
+
+
+def _same(a, b):
+    for field in dataclasses.fields(trace.Block):
+        np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name), field.name)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(model, params, tokens):
+    return model.apply({"params": params}, tokens, return_routing=True)
+
+
+def _expected(directory, text, **changes):
+    """(Block, near-ties per layer) by `model.apply`, window by window, and NumPy loops."""
+    model, params = olmoe_jax.load(directory, dtype="float32")
+    c = dataclasses.replace(model.config, **changes)
+    model, k, length = olmoe_jax.Transformer(c), c.num_experts_per_token, text.context_length
+    rows, ties = [], np.zeros(c.num_moe_layers, int)
+    for start in range(0, len(text.tokens), length):
+        tokens = np.zeros(length, np.int32)
+        found = text.tokens[start : start + length]
+        tokens[: len(found)] = found
+        out = _apply(model, params, tokens[None])
+        scores = np.asarray(out.routing.logits, np.float64)[:, 0]
+        for t in range(len(found)):
+            probs = np.exp(scores[:, t]) / np.exp(scores[:, t]).sum(axis=-1, keepdims=True)
+            ids = np.argsort(-probs, axis=-1, kind="stable")[:, :k]
+            for layer, row in enumerate(scores[:, t]):
+                a, b = np.sort(row)[::-1][k - 1 : k + 1] if k < len(row) else (1.0, 0.0)
+                ties[layer] += a - b <= (abs(a) + abs(b)) / 256
+            at = start + t
+            ends = at + 1 == len(text.tokens) or text.documents[at] != text.documents[at + 1]
+            following = -1 if ends else text.tokens[at + 1]
+            logits = np.asarray(out.logits, np.float64)[0, t]
+            loss = np.nan if ends else np.log(np.exp(logits).sum()) - logits[following]
+            predicted = logits[: c.vocab_size].argmax()
+            rows.append((ids, np.take_along_axis(probs, ids, -1), predicted, following, loss))
+    ids, weights, predicted, following, loss = map(np.array, zip(*rows, strict=True))
+    return trace.Block(
+        expert_ids=ids, weights=weights, input_ids=text.tokens, predicted_ids=predicted,
+        next_ids=following, documents=text.documents, losses=loss,
+    ), tuple(ties.tolist())  # fmt: skip
+
+
+def _agrees(got, want):
+    for name in ("expert_ids", "input_ids", "predicted_ids", "next_ids", "documents"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name), name)
+    np.testing.assert_allclose(got.weights, want.weights, atol=FP32)
+    np.testing.assert_allclose(got.losses, want.losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_every_token_is_recorded_as_the_model_computes_it(model, streamed):
+    found = _record(model, _texts(), accumulate=models.Blocks, streamed=streamed)
+    for text, one in zip(_texts(), found, strict=True):
+        block, ties = _expected(model, text)
+        _agrees(trace.join(one.accumulated), block)
+        assert one.info.near_ties == ties
+        info = dataclasses.replace(one.info, near_ties=())
+        assert info == one.accumulated.info
+        assert info == trace.TraceInfo(
+            model="tiny", domain=text.domain, layers=(0, 1, 2), num_experts=5,
+            num_experts_per_token=2, num_tokens=len(text.tokens), num_documents=3,
+            vocab_size=models.VOCAB, context_length=models.LENGTH, data=text.data,
+            precision="float32",
+        )  # fmt: skip
+    assert sum(sum(one.info.near_ties) for one in found) > 0
+
+
+def test_streamed_and_resident_give_the_same_bits(model, tmp_path):
+    texts = _texts()
+    once = _record(model, texts, tmp_path / "resident", streamed=False, accumulate=models.Blocks)
+    layer = _record(model, texts, tmp_path / "streamed", streamed=True)
+    few = _record(model, texts, tmp_path / "few", streamed=True, carried_tokens=30)
+    direct = _record(model, texts, accumulate=models.Blocks, streamed=False)
+    for a, b, c, d in zip(once, layer, few, direct, strict=True):
+        assert a.info == b.info == c.info == d.info
+        _same(models.whole(a.trace), models.whole(b.trace))
+        _same(models.whole(a.trace), models.whole(c.trace))
+        _same(models.whole(a.trace), trace.join(a.accumulated))
+        exact = trace.join(d.accumulated).weights
+        np.testing.assert_allclose(models.whole(a.trace).weights, exact, rtol=HALF)
+    assert not list(tmp_path.glob("*.scratch")) and not list(tmp_path.glob("*/*.partial"))
+    assert sorted(p.name for p in (tmp_path / "few").iterdir()) == ["a", "b%2Fc", "d"]
+
+
+def _run(**changes):
+    data = config.DataConfig(sequence_length=16)
+    return config.Config(model=dataclasses.replace(tiny.MODEL, **changes), data=data)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_layers": 4, "moe_every": 2, "num_shared_experts": 1},
+        {
+            "normalize_expert_weights": True, "norm_position": "post", "tie_embeddings": True,
+            "norm": "layernorm_nonparametric", "vocab_multiple": 8,
+        },
+    ],
+    ids=["every second layer", "everything else"],
+)  # fmt: skip
+def test_other_architectures(changes, tmp_path):
+    run = _run(**changes)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(0.1, 0.5, x.shape), jnp.float32),
+        checkpoints.abstract_params(run.model),
+    )
+    with checkpoints.Checkpoints(tmp_path / "run", run) as kept:
+        kept.save_params(3, params)
+    ids = np.random.default_rng(1).integers(0, run.model.vocab_size, 19).astype(np.int32)
+    text = texts_lib.Text("a", ids, np.arange(19, dtype=np.int32) // 8, 8)
+    (found,) = _record(tmp_path / "run", [text], accumulate=models.Blocks, streamed=True)
+    block, ties = _expected(tmp_path / "run", text)
+    _agrees(trace.join(found.accumulated), block)
+    moe = [i for i in range(run.model.num_layers) if run.model.is_moe_layer(i)]
+    assert (found.info.layers, found.info.near_ties) == (tuple(moe), ties)
+    assert (found.info.checkpoint, found.info.step) == (suites.one(tmp_path / "run").name, 3)
+
+
+def test_all_four_kinds_of_directory_give_one_trace(tmp_path):
+    tiny.make(tmp_path)
+    ids = np.arange(20, dtype=np.int32)
+    text = texts_lib.Text("a", ids, np.zeros(20, np.int32), 16)
+    found = [
+        _record(tmp_path / name, [text], accumulate=models.Blocks, streamed=True)[0]
+        for name in ("run", "hf", "olmo", "orbax")
+    ]
+    for one in found[1:]:
+        _same(trace.join(one.accumulated), trace.join(found[0].accumulated))
+    assert [one.info.model for one in found] == ["run", "hf", "olmo", "orbax"]
+
+
+def test_bfloat16_is_mimicked(model):
+    text = models.text("a", 600, seed=3)
+    exact, _ = _expected(model, text)
+    found = {}
+    for dtype, precision in (("float32", "bfloat16"), ("bfloat16", "bfloat16")):
+        options = {"dtype": dtype, "precision": precision, "accumulate": models.Blocks}
+        (one,) = _record(model, [text], streamed=True, **options)
+        (two,) = _record(model, [text], streamed=False, **options)
+        _same(trace.join(one.accumulated), trace.join(two.accumulated))
+        assert one.info.precision == "bfloat16"
+        found[dtype] = trace.join(one.accumulated)
+    block, _ = _expected(model, text, router_dtype="bfloat16")
+    # Where the router's input lies between two bfloat16 numbers, its last bit decides.
+    assert (found["float32"].expert_ids == block.expert_ids).mean() > 0.99
+    assert (np.abs(found["float32"].weights - block.weights) < FP32).mean() > 0.99
+    assert (np.abs(exact.weights - block.weights) < FP32).mean() < 0.1
+    for block in found.values():
+        changed = (np.sort(block.expert_ids) != np.sort(exact.expert_ids)).any(axis=-1)
+        assert 0 < changed.mean() < 0.2
+
+
+def test_near_ties_are_those_that_rounding_can_close():
+    def rounded(x):
+        return np.asarray(x, jnp.bfloat16).astype(np.float64)
+
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, (4000, 6)).astype(np.float32)
+    found = np.asarray(layerwise.is_near_tie(jnp.asarray(logits), 2))
+    ordered = np.argsort(-logits, axis=-1)
+    a, b = (np.take_along_axis(logits, ordered[:, i : i + 1], 1)[:, 0] for i in (1, 2))
+    closed = rounded(a) <= rounded(b)
+    assert closed.sum() > 10 and not (closed & ~found).any()
+    assert found.sum() < 8 * closed.sum()
+    assert not layerwise.is_near_tie(jnp.zeros((3, 6)), 6).any()
+
+
+def test_padding_has_no_near_ties(model):
+    weights = layerwise.Weights(sources.open_source(model), foreign.MODEL)
+    x = np.random.default_rng(0).normal(0, 1, (2, 300, foreign.MODEL.d_model)).astype(np.float32)
+    real = np.zeros((2, 300), bool)
+    real[1] = True
+    _, choices = layerwise.apply_layer(
+        weights.layer(0), x, real, config=foreign.MODEL, is_moe=True
+    )  # fmt: skip
+    assert choices.near_ties[0] == 0 < choices.near_ties[1] < 60
+    assert (np.asarray(choices.expert_ids)[0] == -1).all()
+    assert (np.asarray(choices.weights)[0] == 0).all()
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+def _kill_after(monkeypatch, calls, name="apply_layer"):
+    """Lets the function of `layerwise` work so often; returns how often it was called."""
+    real, count = getattr(layerwise, name), [0]
+
+    def counted(*args, **options):
+        if count[0] == calls:
+            raise Killed
+        count[0] += 1
+        return real(*args, **options)
+
+    monkeypatch.setattr(layerwise, name, counted)
+    return count
+
+
+@pytest.mark.parametrize("mark_seconds", [0.0, 60.0])
+@pytest.mark.parametrize("calls", [0, 1, 5, 7, 12, 17])
+def test_streaming_goes_on_where_it_was_killed(model, tmp_path, monkeypatch, calls, mark_seconds):
+    monkeypatch.setattr(scratch, "MARK_SECONDS", mark_seconds)
+    expected = _record(model, _texts(), tmp_path / "whole", streamed=True)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        _kill_after(patch, calls)
+        _record(model, _texts(), tmp_path / "out", streamed=True)
+    with monkeypatch.context() as patch:
+        count = _kill_after(patch, -1)
+        found = _record(model, _texts(), tmp_path / "out", streamed=True)
+    batches, layers = 3 + 1 + 2, 3
+    kept = calls if mark_seconds == 0 else calls // batches * batches
+    assert count[0] == batches * layers - kept
+    for a, b in zip(expected, found, strict=True):
+        assert a.info == b.info
+        _same(models.whole(a.trace), models.whole(b.trace))
+    assert not (tmp_path / "out.scratch").exists()
+
+
+_CHILD = """
+import os, signal, sys
+from olmoe_jax.analysis import layerwise, scratch
+from tests.analysis import recording_test
+scratch.MARK_SECONDS, real, count = 0.0, layerwise.apply_layer, [0]
+def apply_layer(*args, **options):
+    if count[0] == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+    count[0] += 1
+    return real(*args, **options)
+layerwise.apply_layer = apply_layer
+recording_test._record(sys.argv[1], recording_test._texts(), sys.argv[2], streamed=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_was_killed_lost_nothing(model, tmp_path, monkeypatch):
+    command = [sys.executable, "-c", _CHILD, str(model), str(tmp_path / "out")]
+    assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == -signal.SIGKILL
+    count = _kill_after(monkeypatch, -1)
+    found = _record(model, _texts(), tmp_path / "out", streamed=True)
+    assert count[0] == 18 - 10
+    expected = _record(model, _texts(), tmp_path / "whole", streamed=True)
+    for a, b in zip(expected, found, strict=True):
+        assert a.info == b.info
+        _same(models.whole(a.trace), models.whole(b.trace))
+
+
+@pytest.mark.parametrize("chunk", [1, 1000])
+@pytest.mark.parametrize("calls", [0, 2, 4, 5])
+def test_the_last_pass_goes_on_where_it_was_killed(model, tmp_path, monkeypatch, calls, chunk):
+    monkeypatch.setattr(trace_files, "CHUNK_TOKENS", chunk)
+    expected = _record(model, _texts(), tmp_path / "whole", streamed=True)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        _kill_after(patch, calls, "apply_head")
+        _record(model, _texts(), tmp_path / "out", streamed=True)
+    with monkeypatch.context() as patch:
+        layers, heads = _kill_after(patch, -1), _kill_after(patch, -1, "apply_head")
+        found = _record(model, _texts(), tmp_path / "out", streamed=True)
+    assert layers[0] == 0
+    assert heads[0] == 6 - calls if chunk == 1 else heads[0] in (6, 3, 2)
+    for a, b in zip(expected, found, strict=True):
+        _same(models.whole(a.trace), models.whole(b.trace))
+        assert a.info == b.info
+
+
+@pytest.mark.parametrize("calls", [3, 8, 15])
+def test_resident_goes_on_where_it_was_killed(model, tmp_path, monkeypatch, calls):
+    monkeypatch.setattr(trace_files, "CHUNK_TOKENS", 1)
+    expected = _record(model, _texts(), tmp_path / "whole", streamed=False)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        _kill_after(patch, calls)
+        _record(model, _texts(), tmp_path / "out", streamed=False)
+    with monkeypatch.context() as patch:
+        count = _kill_after(patch, -1)
+        found = _record(model, _texts(), tmp_path / "out", streamed=False)
+    assert count[0] == 18 - calls // 3 * 3
+    for a, b in zip(expected, found, strict=True):
+        assert a.info == b.info
+        _same(models.whole(a.trace), models.whole(b.trace))
+
+
+def test_activations_of_other_weights_are_not_taken_up(model, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        _kill_after(patch, 13)
+        _record(model, _texts(), tmp_path / "out", streamed=True)
+    copy = shutil.copytree(model, tmp_path / "tiny")
+    file = next(copy.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-4:] = np.float32(0.7).tobytes()
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match="left by another job|holds another trace") as error:
+        changed = suites.one(copy)._replace(model="other")
+        _record(changed, _texts(), tmp_path / "out", streamed=True)
+    assert "other" in str(error.value)
+    shutil.rmtree(tmp_path / "out")
+    found = _record(copy, _texts(), tmp_path / "out", streamed=True)
+    expected = _record(copy, _texts(), tmp_path / "fresh", streamed=True)
+    for a, b in zip(expected, found, strict=True):
+        _same(models.whole(a.trace), models.whole(b.trace))
+
+
+def test_a_finished_trace_is_not_recorded_again(model, tmp_path, monkeypatch):
+    _record(model, _texts()[:2], tmp_path / "out", streamed=True)
+    with monkeypatch.context() as patch:
+        count = _kill_after(patch, -1)
+        found = _record(model, _texts(), tmp_path / "out", streamed=True, accumulate=models.Blocks)
+    assert count[0] == 2 * 3  # the third text only
+    assert [one.tokens for one in found] == [0, 0, 33]
+    for text, one in zip(_texts(), found, strict=True):
+        np.testing.assert_array_equal(trace.join(one.accumulated).input_ids, text.tokens)
+    with pytest.raises(ValueError, match="holds another trace, with data=.*delete it"):
+        _record(model, [models.text("a", 50, seed=9)], tmp_path / "out")
+    with pytest.raises(ValueError, match="holds another trace, with precision='float32' instead"):
+        _record(model, _texts(), tmp_path / "out", precision="bfloat16")
+
+
+def test_a_second_layer_compiles_nothing(model, compilations):
+    _record(model, _texts(), accumulate=models.Blocks, streamed=True)
+    before = compilations()
+    _record(model, _texts(), accumulate=models.Blocks, streamed=True)
+    assert compilations() == before
+
+
+def _tokenizer(vocab_size):
+    return tokenizer_lib.train([f"some text of {vocab_size}"], vocab_size=vocab_size)
+
+
+def _refused(model, text=None, **options):
+    _record(model, [text or models.text("a", 9)], **({"accumulate": models.Blocks} | options))
+
+
+def test_settings_and_texts_that_do_not_fit_are_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="nothing would be kept"):
+        _refused(model, accumulate=None)
+    for options, message in [
+        ({"dtype": "float16"}, "dtype is 'float16': must be one of float32, bfloat16"),
+        ({"precision": "fp32"}, "precision is 'fp32': must be one of"),
+        ({"tokens_per_batch": 0}, "tokens_per_batch is 0"),
+        ({"carried_tokens": 0, "streamed": True}, "carried_tokens is 0"),
+        ({"text": models.text("a", 30, length=20)}, "context_length is 20: .* at most 19"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            _refused(model, **options)
+    with pytest.raises(ValueError, match="no text"):
+        _record(model, [], accumulate=models.Blocks)
+    with pytest.raises(ValueError, match="two texts are of the domain 'a'"):
+        _record(model, [models.text("a", 5), models.text("a", 6)], accumulate=models.Blocks)
+    with pytest.raises(ValueError, match=r"context lengths \[7, 11\]"):
+        _record(
+            model, [models.text("a", 5), models.text("b", 6, length=7)], accumulate=models.Blocks
+        )
+    text = models.text("a", 9)
+    wrong = dataclasses.replace(text, tokens=text.tokens + 50)
+    with pytest.raises(ValueError, match=r"has token \d+, .* knows 0\.\.52.*tokenizer"):
+        _refused(model, wrong)
+    with pytest.raises(FileNotFoundError):
+        _refused(tmp_path / "none")
+
+
+def test_models_that_cannot_be_recorded_are_refused(tmp_path):
+    for name, changes, message in [
+        ("dense", {"num_experts": 0}, "dense model, which routes nothing"),
+        ("choice", {"router": "expert_choice"}, "its router is expert_choice"),
+    ]:
+        run = _run(**changes)
+        params = jax.tree.map(
+            lambda x: jnp.zeros(x.shape), checkpoints.abstract_params(run.model)
+        )  # fmt: skip
+        with checkpoints.Checkpoints(tmp_path / name, run) as kept:
+            kept.save_params(1, params)
+        with pytest.raises(ValueError, match=message):
+            _refused(tmp_path / name)
+
+
+def test_the_tokenizer_must_be_the_models(tmp_path):
+    own, other = _tokenizer(258), _tokenizer(261)
+    model = dataclasses.replace(foreign.MODEL, vocab_size=300)
+    folder = foreign.write_folder(
+        tmp_path / "model", dtype="float32", model=model, numbers=True,
+        files={"tokenizer.json": own.json},
+    )  # fmt: skip
+    text = models.text("a", 9)
+    _refused(folder, dataclasses.replace(text, tokenizer=own))
+    respelt = tokenizer_lib.Tokenizer(json.dumps(json.loads(own.json)).encode())
+    _refused(folder, dataclasses.replace(text, tokenizer=respelt))
+    with pytest.raises(ValueError, match="other tokens than the model's own"):
+        _refused(folder, dataclasses.replace(text, tokenizer=other))
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(model, monkeypatch):
+    monkeypatch.setattr(recording.machine, "free_disk", lambda path: 1000)
+    with pytest.raises(OSError, match="activations need .* smaller carried_tokens"):
+        _refused(model, models.text("a", 900), streamed=True)
+
+
+def test_what_does_not_fit_in_memory_is_streamed(model, monkeypatch):
+    said = []
+    for free, streamed in ((10**12, False), (1000, True)):
+        monkeypatch.setattr(recording.machine, "free_memory", lambda free=free: free)
+        said.clear()
+        _record(
+            model,
+            [models.text("a", 40, documents=1)],
+            accumulate=models.Blocks,
+            announce=said.append,
+        )
+        assert any("layer by layer" in line for line in said) == streamed
+    assert any("1 of 1 documents are longer than the context" in line for line in said)
+
+
+def test_names_of_domains_become_names_of_folders():
+    names = ["a b", "x/y", "..", ".hidden", "é", "50%", "a:b\\c"]
+    folders = [sinks.trace_folder("out", name) for name in names]
+    assert len(set(folders)) == len(names)
+    for folder in folders:
+        assert folder.parent == pathlib.Path("out") and folder.name[0] != "."
