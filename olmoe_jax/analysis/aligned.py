@@ -13,15 +13,15 @@ def check(one, two, *, same_experts=True):
     """
     if one.info.data != two.info.data:
         raise ValueError(
-            f"{_name(one.info)} is of data {one.info.data!r}, {_name(two.info)} of "
-            f"{two.info.data!r}: record both on the same text, in the same order"
+            f"{counts.describe(one.info)} is of data {one.info.data!r}, "
+            f"{counts.describe(two.info)} of {two.info.data!r}: record both on the same text, in the same order"
         )
     if same_experts:
         counts.check_alike([one.info, two.info])
     elif len(one.info.layers) != len(two.info.layers):
         raise ValueError(
-            f"{_name(one.info)} has {len(one.info.layers)} MoE layers, {_name(two.info)} "
-            f"{len(two.info.layers)}: layers must correspond"
+            f"{counts.describe(one.info)} has {len(one.info.layers)} MoE layers, "
+            f"{counts.describe(two.info)} {len(two.info.layers)}: layers must correspond"
         )
 
 
@@ -39,15 +39,15 @@ def blocks(one, two, size=65536):
             return
         if a is None or b is None:
             raise ValueError(
-                f"{_name(one.info)} and {_name(two.info)}: one has fewer tokens; record both on "
-                "the same text"
+                f"{counts.describe(one.info)} and {counts.describe(two.info)}: one has fewer "
+                "tokens; record both on the same text"
             )
         n = min(len(a), len(b))
         head_a, head_b = trace.cut(a, slice(n)), trace.cut(b, slice(n))
         if not np.array_equal(head_a.input_ids, head_b.input_ids):
             raise ValueError(
-                f"{_name(one.info)} and {_name(two.info)}: their tokens differ; record both on "
-                "the same text, in the same order"
+                f"{counts.describe(one.info)} and {counts.describe(two.info)}: their tokens "
+                "differ; record both on the same text, in the same order"
             )
         yield head_a, head_b
         a, b = trace.cut(a, slice(n, None)), trace.cut(b, slice(n, None))
@@ -59,8 +59,3 @@ def _next(block, source):
         if block is None:
             return None
     return block
-
-
-def _name(info):
-    checkpoint = f", {info.checkpoint}" if info.checkpoint else ""
-    return f"trace of {info.model}{checkpoint} on {info.domain}"

@@ -34,7 +34,7 @@ class Counts:
         first weight, and ln(first / last chosen weight).
       pairs: int64 [F, layers, experts, experts], tokens with both experts among their k;
         symmetric, the diagonal is the load.
-      adjacent: int64, same shape: tokens whose ranks r and r + 1 are the two; [a, b] has a before b.
+      adjacent: int64, same shape: tokens that have a at rank r and b at r + 1.
       path_layers: pairs of positions in info.layers.
       paths: int64 [F, paths, experts, experts], tokens whose first expert is a, and b later.
       vocabulary: (kind, rank) → one Tally per layer, of keys (token · experts + expert) · F + fold;
@@ -83,7 +83,7 @@ class Counter:
     def __init__(self, info, *, folds=FOLDS, path_layers=None, vocabulary=True):
         layers, experts = len(info.layers), info.num_experts
         if not layers or not 1 <= info.num_experts_per_token <= experts:
-            raise ValueError(f"{_name(info)}: expected layers, and 1..experts experts per token")
+            raise ValueError(f"{describe(info)}: expected layers, and 1..experts experts per token")
         self.info, self.folds = info, folds
         self.path_layers = default_paths(layers) if path_layers is None else tuple(path_layers)
         self._tokens, self._documents, self._last = 0, 0, None
@@ -199,7 +199,8 @@ class Counter:
         hot = hot[:, :experts]
         if hot.sum(dtype=np.float64) != (ids >= 0).sum():
             raise ValueError(
-                f"{_name(self.info)}, layer {self.info.layers[layer]}: a token has one expert twice"
+                f"{describe(self.info)}, layer {self.info.layers[layer]}: a token has one expert "
+                "twice"
             )
         for part, (start, end) in enumerate(itertools.pairwise(bounds)):
             self._pairs[part, layer] += (hot[start:end].T @ hot[start:end]).astype(np.int64)
@@ -229,7 +230,7 @@ class Counter:
                 continue
             if (int(tokens.max()) + 1) * experts * self.folds > 2**32:
                 raise ValueError(
-                    f"{_name(self.info)}: token id {tokens.max()} with {experts} experts and "
+                    f"{describe(self.info)}: token id {tokens.max()} with {experts} experts and "
                     f"{self.folds} folds needs keys above 2^32: use fewer folds"
                 )
             which, parts = (None, fold) if real.all() else (real, fold[real])
@@ -262,7 +263,7 @@ def count(source, *, size=65536, **options) -> Counts:
         counter.add(block)
     counts = counter.result()
     if not counts.info.num_tokens:
-        raise ValueError(f"{_name(source.info)}: holds no token: leave this domain out")
+        raise ValueError(f"{describe(source.info)}: holds no token: leave this domain out")
     return counts
 
 
@@ -293,11 +294,12 @@ def check_alike(infos, names=()):
             one, two = getattr(first, name), getattr(other, name)
             if one != two:
                 raise ValueError(
-                    f"{_name(first)} has {name} {one}, {_name(other)} has {two}: they must agree"
+                    f"{describe(first)} has {name} {one}, {describe(other)} has {two}: they must "
+                    "agree"
                 )
 
 
-def _name(info):
+def describe(info) -> str:
     """How messages call a trace."""
     checkpoint = f", {info.checkpoint}" if info.checkpoint else ""
     return f"trace of {info.model}{checkpoint} on {info.domain}"
@@ -357,12 +359,12 @@ def _check(block, info):
     shape = (len(info.layers), info.num_experts_per_token)
     if block.expert_ids.shape[1:] != shape:
         raise ValueError(
-            f"{_name(info)}: expert ids of shape {block.expert_ids.shape}, expected "
+            f"{describe(info)}: expert ids of shape {block.expert_ids.shape}, expected "
             f"[tokens, {shape[0]} layers, {shape[1]} experts per token]"
         )
     low, high = int(block.expert_ids.min()), int(block.expert_ids.max())
     if low < -1 or high >= info.num_experts:
         raise ValueError(
-            f"{_name(info)}: expert id {high if low >= -1 else low}; the model has "
+            f"{describe(info)}: expert id {high if low >= -1 else low}; the model has "
             f"{info.num_experts} experts, ids 0..{info.num_experts - 1} (−1: none)"
         )

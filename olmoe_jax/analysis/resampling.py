@@ -1,4 +1,4 @@
-"""Uncertainty and chance: documents drawn anew, documents left out, labels permuted, random routers.
+"""Uncertainty and chance: documents drawn anew or left out, labels permuted, random routers.
 
 Tokens of one document resemble each other, so documents are what is resampled, never tokens: an
 interval over tokens would be several times too narrow.

@@ -1,4 +1,4 @@
-"""Sparse tallies: how often each of very many keys occurred, in memory that follows distinct keys."""
+"""Sparse tallies: how often each of very many keys occurred; memory follows distinct keys."""
 
 import dataclasses
 
