@@ -14,7 +14,8 @@ def check(one, two, *, same_experts=True):
     if one.info.data != two.info.data:
         raise ValueError(
             f"{counts.describe(one.info)} is of data {one.info.data!r}, "
-            f"{counts.describe(two.info)} of {two.info.data!r}: record both on the same text, in the same order"
+            f"{counts.describe(two.info)} of {two.info.data!r}: record both on the same text, in "
+            "the same order"
         )
     if same_experts:
         counts.check_alike([one.info, two.info])
