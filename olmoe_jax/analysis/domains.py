@@ -22,16 +22,21 @@ class Specialisation:
     """One rank's numbers ("topk" or "top1").
 
     Attributes:
+      domains: those whose source has counts of this rank; the axis of what follows.
       share: Estimate [layers, domains, experts], DS.
       tv: Estimate [layers, domains], ½ Σ_e |share of the choices − 1 / experts|; sampling alone
         makes it positive, see `random`.
       random: float64 [domains, 2], mean and 95 % quantile of that of a random router.
       specific: [layers, domains], ½ Σ_e |share of the choices − mean of that over domains|.
-      specific_chance, specific_high, specific_p: [layers, domains], mean and 95 % quantile with
-        permuted labels, share of permutations that reach `specific`; None without documents.
+      specific_chance, specific_high, specific_p: [layers, domains], mean and 95 % quantile by
+        chance, share of chance draws that reach `specific`; None of a single domain.
+      specific_mean_p: the same of the mean over layers and domains; None of a single domain.
+      baseline: "permuted documents"; or "independent tokens" where documents are not known or too
+        few to permute: tokens drawn from the mean of the domains, which understates chance.
       information: resampling.Information, or None of a single domain.
     """
 
+    domains: tuple[str, ...]
     share: resampling.Estimate
     tv: resampling.Estimate
     random: np.ndarray
@@ -39,6 +44,8 @@ class Specialisation:
     specific_chance: np.ndarray | None
     specific_high: np.ndarray | None
     specific_p: np.ndarray | None
+    specific_mean_p: float | None
+    baseline: str
     information: resampling.Information | None
 
 
@@ -83,9 +90,8 @@ def specialisation(parts, *, seed=0) -> Domains:
     experts, k = infos[0].num_experts, infos[0].num_experts_per_token
     results = {}
     for rank in RANKS:
-        arrays = [getattr(part, rank) for part in parts]
-        missing = any(array is None for array in arrays)
-        results[rank] = None if missing else _specialisation(parts, rank, seed)
+        held = [part for part in parts if getattr(part, rank) is not None]
+        results[rank] = _specialisation(held, rank, seed) if held else None
     return Domains(
         model=infos[0].model, checkpoint=infos[0].checkpoint, layers=infos[0].layers,
         domains=names, uniform={"topk": k / experts, "top1": 1 / experts},
@@ -116,27 +122,32 @@ def _specialisation(parts, rank, seed):
         distances.append(resampling.bootstrap(total_variation, [groups], seed=seed))
     loads = np.stack([getattr(part, rank) for part in parts]).astype(np.float64)
     specific = _specific(loads)
-    chance = high = p_values = permuted = None
+    chance = high = p_values = mean_p = permuted = found = None
     known = all(groups is not None and len(groups) > 1 for groups in documents)
-    if known and len(parts) > 1:
-        permuted = resampling.permute(documents, seed=seed)
-        drawn = np.stack([_specific(draw) for draw in permuted])
+    baseline = "independent tokens"
+    if len(parts) > 1:
+        permuted = resampling.permute(documents, seed=seed) if known else None
+        found = resampling.information(
+            loads, documents if known else None, permuted=permuted, seed=seed
+        )
+        if known and resampling.least_p_value([len(g) for g in documents]) <= resampling.SURE:
+            baseline, draws = "permuted documents", permuted
+        else:
+            draws = _independent(loads, seed)
+        drawn = np.stack([_specific(draw) for draw in draws])
         chance, high = drawn.mean(0), np.quantile(drawn, resampling.LEVEL, axis=0)
         p_values = resampling.p_value(specific, drawn)
+        mean_p = float(resampling.p_value(specific.mean(), drawn.mean((1, 2))))
     random = []
     for part in parts:
         drawn = total_variation(
             resampling.random_router(part.info.num_tokens, experts, k, draws=200, seed=seed)
         )
         random.append((drawn.mean(), np.quantile(drawn, resampling.LEVEL)))
-    found = None
-    if len(parts) > 1:
-        found = resampling.information(
-            loads, documents if known else None, permuted=permuted, seed=seed
-        )
     return Specialisation(
-        share=_stack(shares), tv=_stack(distances), random=np.array(random), specific=specific,
-        specific_chance=chance, specific_high=high, specific_p=p_values, information=found,
+        domains=tuple(part.info.domain for part in parts), share=_stack(shares), tv=_stack(distances), random=np.array(random), specific=specific,
+        specific_chance=chance, specific_high=high, specific_p=p_values, specific_mean_p=mean_p,
+        baseline=baseline, information=found,
     )  # fmt: skip
 
 
@@ -156,6 +167,14 @@ def _specific(loads):
     return 0.5 * np.abs(shares - shares.mean(0)).sum(-1).T
 
 
+def _independent(loads, seed, draws=resampling.PERMUTATIONS):
+    """[draws, domains, layers, experts]: every choice drawn from the mean of the domains."""
+    rng = np.random.default_rng(seed)
+    probs = resampling.normalised(loads).mean(0)
+    slots = loads.sum(-1).astype(np.int64)
+    return rng.multinomial(slots, probs, size=(draws, *slots.shape))
+
+
 def _stack(estimates):
     """Domains as the second axis; an interval only if every domain has one."""
     ends = []
@@ -167,6 +186,8 @@ def _stack(estimates):
 
 def _notes(parts):
     notes = []
+    if lacking := [part.info.domain for part in parts if part.top1 is None]:
+        notes.append(f"no first choices of {', '.join(lacking)} in this source")
     if len(parts) == 1:
         notes.append("one domain: nothing to compare it with, no information between domains")
     if any(part.group_tokens is None for part in parts):
@@ -183,21 +204,22 @@ def to_json(result):
     layers = {}
     for row, layer in enumerate(result.layers):
         layers[layer] = {}
-        for column, domain in enumerate(result.domains):
+        for domain in result.domains:
             cell = {}
             for rank in RANKS:
-                cell |= _cell(getattr(result, rank), rank, row, column)
+                cell |= _cell(getattr(result, rank), rank, row, domain)
             layers[layer][domain] = cell
     return layers
 
 
-def _cell(one, rank, row, column):
+def _cell(one, rank, row, domain):
     names = (rank, f"{rank}_low", f"{rank}_high", f"tv_{rank}", f"tv_{rank}_random")
-    if one is None:
+    if one is None or domain not in one.domains:
         return dict.fromkeys((*names, f"specific_{rank}"))
+    column = one.domains.index(domain)
     share = one.share[row, column]
     mean, high = one.random[column]
-    specific = {"value": one.specific[row, column]}
+    specific = {"value": one.specific[row, column], "baseline": one.baseline}
     for name, array in (
         ("chance", one.specific_chance),
         ("chance_high", one.specific_high),

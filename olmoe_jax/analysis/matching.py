@@ -155,7 +155,8 @@ def _routing_layer(layer, both, shifted, loads_one, loads_two):
     slots = max(loads_one.sum(), 1)
     return Layer(
         layer=layer, match=match, similarity=_similarity(matrix, match), matrix=matrix,
-        mean=resampling.jackknife(matched, folds), chance=float(_of_match(chance, assign(chance)).mean()),
+        mean=resampling.jackknife(matched, folds),
+        chance=float(_of_match(chance, assign(chance)).mean()),
         same_index=float(np.diagonal(matrix).mean()) if square else np.nan,
         moved=_moved(match) if square else np.nan, overlap=resampling.jackknife(overlap, folds),
         overlap_same_index=float(np.trace(both.sum(0)) / slots) if square else None,
@@ -198,7 +199,8 @@ def cosines(one, two):
         x, y = (_flat(weights[name]) for weights in (one, two))
         if x.shape[1:] != y.shape[1:]:
             raise ValueError(
-                f"{name}: an expert has {x.shape[1]} numbers in one model, {y.shape[1]} in the other"
+                f"{name}: an expert has {x.shape[1]} numbers in one model, {y.shape[1]} in the "
+                "other"
             )
         dot = dot + x @ y.T
         for place, array in enumerate((x, y)):

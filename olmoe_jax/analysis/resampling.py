@@ -13,6 +13,7 @@ from scipy import special
 LEVEL = 0.95
 DRAWS = 500
 PERMUTATIONS = 200
+SURE = 0.01  # share of chance draws up to which a number is called more than chance
 _EXACT = 4e6  # random numbers per draw up to which a random router is run, not approximated
 
 
@@ -230,6 +231,17 @@ def p_value(value, chance):
     """(1 + number of chance draws [draws, …] that reach the value) / (1 + draws)."""
     # equal sums differ in their last bits with the order of summation
     return (1 + (chance >= value - 1e-12).sum(0)) / (1 + len(chance))
+
+
+def least_p_value(groups):
+    """The smallest p-value that permuting labels can reach with so many documents per label.
+
+    >>> round(least_p_value([2, 2]), 3)
+    0.333
+    """
+    arrangements = math.lgamma(sum(groups) + 1) - sum(math.lgamma(g + 1) for g in groups)
+    same = math.prod(math.factorial(list(groups).count(g)) for g in set(groups))
+    return min(1.0, round(same * math.exp(-arrangements), 12)) if arrangements < 700 else 0.0
 
 
 def permute(documents, *, draws=PERMUTATIONS, seed=0):

@@ -12,19 +12,20 @@ its 95 % interval over documents, null where documents are not known. NaN is nul
       LAYERS: {layer: {topk: EST, top1: EST}, mean: {topk: EST, top1: EST}}
   coactivation.json
     model, checkpoint, domain, definition: "paper" or "adjacent"
-    layers: {layer: {matrix: [experts][experts], row expert's tokens that also chose the column's;
-      independent: mean off the diagonal; pairs: [{experts: [a, b], value: EST, lift}] strongest
-      first; groups: [{experts: […], weakest: number}]}}
+    chance: of sets drawn at random; threshold: of groups
+    layers: {layer: {matrix: [experts][experts], share of the row expert's tokens that also chose
+      the column's, null on the diagonal; pairs: [{experts: [a, b], value: EST, lift}] strongest
+      first; groups: [{experts, weakest}]; order: experts of the published heat map}}
   domain_specialisation.json
     {layer: {domain: {topk, top1: [experts], share of the domain's tokens with the expert among
       their k, or first; topk_low, topk_high, top1_low, top1_high: [experts];
       tv_topk, tv_top1: EST, total-variation distance from uniform; tv_topk_random,
       tv_top1_random: {mean, high}, that of a random router on as many tokens;
-      specific_topk, specific_top1: {value, chance, chance_high, p_value}, distance from the mean
-      of all domains against permuted labels of documents}}}
-    top1 and what follows from it is null where the source has no first choices.
+      specific_topk, specific_top1: {value, chance, chance_high, p_value, baseline}, distance from
+      the mean of all domains, and by chance}}}
+    top1 and what follows from it is null for a domain whose source has no first choices.
   domain_information.json
-    domains, uniform: {topk, top1}
+    model, checkpoint, domains, uniform: {topk, top1}, notes: [sentences]
     layers: {layer: {topk, top1: {plug_in, corrected: EST, correction, chance, chance_high,
       p_value}}}; mean_p_value: {topk, top1}; most: the largest possible value
   expert_paths.json
@@ -33,13 +34,13 @@ its 95 % interval over documents, null where documents are not known. NaN is nul
       tokens, expected: share of all tokens that go to the second}], most tokens first
   vocabulary_specialisation.json
     model, domain, min_count
-    kinds: {input | predicted | next: {topk | top1: {num_tokens_ids, layers: {layer: {mean: EST,
+    kinds: {input | predicted | next: {topk | top1: {num_ids, layers: {layer: {mean: EST,
       random: chance level, experts: [mean per expert or null], num_ids: [per expert]}}}}}
   expert_tokens.json
     {layer: {kind: {rank: {expert: [{id, text, share, count}]}}}}, strongest first
   load.json
-    rows: [{model, checkpoint, step, train_tokens, share, domain, num_tokens, layers: {layer: {
-      load: [experts], shares of the choices; max_violation: EST; entropy: EST, of the largest;
+    rows: [{model, checkpoint, step, train_tokens, share, domain, num_tokens, rank, layers: {layer:
+      {load: [experts], shares of the choices; max_violation: EST; entropy: EST, of the largest;
       dead: [expert ids]; dead_by_chance: expected number;
       confidence, first_weight, logit_spread: EST or null}}}]
   expert_matching.json

@@ -3,7 +3,8 @@ particular model: each sentence follows from values, and says when chance explai
 
 import numpy as np
 
-SURE = 0.05  # share of chance draws below which a number is called more than chance
+from olmoe_jax.analysis import resampling
+
 _CLEAR = 2.0  # times chance from which an overlap or a favourite is worth a sentence
 
 
@@ -18,26 +19,25 @@ def specialised(result) -> tuple[str, ...]:
             f"{_percent(result.uniform['topk'])}.",
         )
     out = []
-    if info.mean_p_value is not None and info.mean_p_value > SURE:
-        out.append(
-            "Domains: no better than chance. With the domains' names shuffled over documents, "
-            f"{_percent(info.mean_p_value)} of the shuffles tell as much of the domain as the "
-            "real names do."
+    permuted = one.baseline == "permuted documents"
+    p_value = info.mean_p_value if permuted else one.specific_mean_p
+    if p_value > resampling.SURE:
+        how = (
+            "with the domains' names shuffled over documents"
+            if permuted
+            else "with every choice drawn from the mean of the domains"
         )
-        return tuple(out)
-    if info.mean_p_value is None and (one.tv.value <= one.random[:, 1]).all():
-        out.append(
-            "Domains: no better than chance. In no layer does a domain use the experts less evenly "
-            "than a router that draws them at random would on as many tokens."
+        return (
+            f"Domains: no better than chance; {how}, {_percent(p_value)} of the draws differ as "
+            "much between domains.",
         )
-        return tuple(out)
     best = int(np.argmax(info.corrected.value))
     sentence = (
         f"Experts depend on the domain, most in layer {result.layers[best]}: a choice tells "
         f"{info.corrected.value[best]:.2g} of at most {info.most:.2g} bits of the domain"
     )
-    if info.chance is None:
-        out.append(f"{sentence} (documents are not known, so chance was not measured).")
+    if not permuted:
+        out.append(f"{sentence} (documents are not known or too few to shuffle names).")
     else:
         out.append(f"{sentence}; shuffled names tell {info.chance[best]:.2g}.")
     out.append(_specialist(result))
