@@ -145,7 +145,8 @@ def _specialisation(parts, rank, seed):
         )
         random.append((drawn.mean(), np.quantile(drawn, resampling.LEVEL)))
     return Specialisation(
-        domains=tuple(part.info.domain for part in parts), share=_stack(shares), tv=_stack(distances), random=np.array(random), specific=specific,
+        domains=tuple(part.info.domain for part in parts), share=_stack(shares),
+        tv=_stack(distances), random=np.array(random), specific=specific,
         specific_chance=chance, specific_high=high, specific_p=p_values, specific_mean_p=mean_p,
         baseline=baseline, information=found,
     )  # fmt: skip
