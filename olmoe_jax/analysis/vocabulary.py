@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from scipy import special
 
 from olmoe_jax.analysis import counts as counts_lib
 from olmoe_jax.analysis import resampling
@@ -214,6 +215,11 @@ class Word:
     count: int
 
 
+def _word(token, count, often, decode):
+    text = decode(int(token)) if decode else ""
+    return Word(id=int(token), text=text, share=float(count / often), count=int(count))
+
+
 def expert_tokens(
     counts, kind, rank, layer, *, min_count=MIN_COUNT, most=15, decode: Callable | None = None
 ) -> dict[int, tuple[Word, ...]]:
@@ -227,20 +233,61 @@ def expert_tokens(
     found = entries(counts, kind, rank, layer)
     often = found.occurrences[found.tokens]
     kept = np.flatnonzero(often >= min_count)
-    share = found.counts[kept] / often[kept]
     tokens, experts, counted = found.tokens[kept], found.experts[kept], found.counts[kept]
+    share = counted / often[kept]
     order = np.lexsort((tokens, -counted, -share, experts))
     first = np.searchsorted(experts[order], np.arange(counts.info.num_experts + 1))
     out = {}
     for expert in range(counts.info.num_experts):
         places = order[first[expert] : min(first[expert + 1], first[expert] + most)]
-        words = [
-            Word(id=int(tokens[i]), text=decode(int(tokens[i])) if decode else "",
-                 share=float(share[i]), count=int(counted[i])) for i in places
-        ]  # fmt: skip
+        words = [_word(tokens[i], counted[i], often[kept[i]], decode) for i in places]
         if words:
             out[expert] = tuple(words)
     return out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Favourite:
+    """A token that one expert takes far more often than its load: position of the layer, expert,
+    token, and the chance of any such token in all of the layers, were tokens routed blindly."""
+
+    layer: int
+    expert: int
+    word: Word
+    chance: float
+
+
+def clearest(counts, kind, rank, *, min_count=MIN_COUNT, decode=None) -> Favourite | None:
+    """The token whose share at an expert stands out most, in standard deviations of a blind router.
+
+    Its chance is the binomial tail times the number of pairs looked at (Bonferroni). None without
+    a token that occurs min_count times.
+    """
+    best, looked_at = None, 0
+    loads = getattr(counts, rank)
+    for layer in range(len(counts.info.layers)):
+        found = entries(counts, kind, rank, layer)
+        kept = found.occurrences[found.tokens] >= min_count
+        if not kept.any():
+            continue
+        tokens, experts, counted = found.tokens[kept], found.experts[kept], found.counts[kept]
+        often = found.occurrences[tokens]
+        looked_at += len(np.unique(tokens)) * counts.info.num_experts
+        share = np.minimum(loads[layer] / counts.info.num_tokens, 1)[experts]
+        deviation = np.sqrt(often * share * (1 - share))
+        score = np.divide(
+            counted - often * share, deviation, out=np.zeros(len(often)), where=deviation > 0
+        )
+        place = int(np.argmax(score))
+        if best is None or score[place] > best[0]:
+            n, p = int(often[place]), float(share[place])
+            word = _word(tokens[place], counted[place], n, decode)
+            tail = float(special.bdtrc(int(counted[place]) - 1, n, p))
+            best = score[place], layer, int(experts[place]), word, tail
+    if best is None:
+        return None
+    _, layer, expert, word, tail = best
+    return Favourite(layer=layer, expert=expert, word=word, chance=min(1.0, tail * looked_at))
 
 
 def to_json(counts, found, *, min_count=MIN_COUNT):

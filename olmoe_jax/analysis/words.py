@@ -3,7 +3,7 @@ particular model: each sentence follows from values, and says when chance explai
 
 import numpy as np
 
-from olmoe_jax.analysis import resampling
+from olmoe_jax.analysis import resampling, vocabulary
 
 _CLEAR = 2.0  # times chance from which an overlap or a favourite is worth a sentence
 
@@ -134,7 +134,7 @@ def settled(result) -> tuple[str, ...]:
     return tuple(out)
 
 
-def worded(counts, found) -> tuple[str, ...]:
+def worded(counts, found, *, min_count=vocabulary.MIN_COUNT, decode=None) -> tuple[str, ...]:
     """Whether experts handle particular tokens, from what vocabulary.vocabulary returned."""
     rank = "top1" if any(name[1] == "top1" for name in found) else "topk"
     curves = {kind: one for (kind, r), one in found.items() if r == rank}
@@ -145,14 +145,21 @@ def worded(counts, found) -> tuple[str, ...]:
         # shares cannot pass 1, so what is left above chance counts, not the ratio
         above = (one.mean.value - one.random) / np.maximum(1 - one.random, 1e-9)
         if (low <= one.random).all() or above.max() < 0.02:
-            out.append(f"By the {name} token the experts do no better than chance.")
-            continue
-        best = int(np.argmax(above))
-        out.append(
-            f"By the {name} token, most in layer {layers[best]}: a token goes to its favourite "
-            f"expert {_percent(one.mean.value[best])} of the time (chance: "
-            f"{_percent(one.random[best])})."
-        )
+            out.append(f"By the {name} token the experts on average do no better than chance.")
+        else:
+            best = int(np.argmax(above))
+            out.append(
+                f"By the {name} token, most in layer {layers[best]}: a token goes to its favourite "
+                f"expert {_percent(one.mean.value[best])} of the time (chance: "
+                f"{_percent(one.random[best])})."
+            )
+        star = vocabulary.clearest(counts, kind, rank, min_count=min_count, decode=decode)
+        if star is not None and star.chance <= resampling.SURE:
+            token = f"“{star.word.text}”" if star.word.text else f"number {star.word.id}"
+            out.append(
+                f"The clearest such expert is {star.expert} of layer {layers[star.layer]}: it takes "
+                f"{_percent(star.word.share)} of the {name} token {token} ({star.word.count} times)."
+            )
     return tuple(out)
 
 

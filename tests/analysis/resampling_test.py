@@ -91,8 +91,8 @@ def test_corrected_information_is_right_on_average_and_miller_is_not(apart):
         miller.append(resampling.information(loads, None).corrected.value[0])
     error = 4 * np.std(corrected) / math.sqrt(60)
     assert abs(np.mean(corrected) - truth) < error
-    assert np.mean(plug_in) - truth > 2 * error
-    assert np.mean(miller) - truth > error
+    # Miller's formula takes the tokens of a document for independent
+    assert np.mean(plug_in) > np.mean(miller) > np.mean(corrected) + 0.004
 
 
 def test_permuted_labels_give_uniform_p_values():
