@@ -50,7 +50,7 @@ its 95 % interval over documents, null where documents are not known. NaN is nul
       match has another index; overlap: EST, overlap_same_index (by routing)}}
   model_comparison.json
     models: [names], metrics: {name: {unit, models: {model: {depth: [0..1], value: [], low, high}},
-      differences: {"b − a": {depth, value}}}}
+      differences: {"b − a": {depth, value, low, high}}}}
 """
 
 import dataclasses

@@ -157,8 +157,9 @@ def worded(counts, found, *, min_count=vocabulary.MIN_COUNT, decode=None) -> tup
         if star is not None and star.chance <= resampling.SURE:
             token = f"“{star.word.text}”" if star.word.text else f"number {star.word.id}"
             out.append(
-                f"The clearest such expert is {star.expert} of layer {layers[star.layer]}: it takes "
-                f"{_percent(star.word.share)} of the {name} token {token} ({star.word.count} times)."
+                f"The clearest such expert is {star.expert} of layer {layers[star.layer]}: it "
+                f"takes {_percent(star.word.share)} of the {name} token {token} "
+                f"({star.word.count} times)."
             )
     return tuple(out)
 

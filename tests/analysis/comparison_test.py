@@ -40,9 +40,9 @@ def test_two_models_stand_on_one_axis():
     metric = written["metrics"]["information"]
     assert metric["models"]["two"]["depth"] == [0, 0.25, 0.5, 0.75, 1]
     gap = metric["differences"]["two − one"]
-    assert gap["depth"] == [0, 0.5, 1] and gap["value"]["low"][0] > 0.05 > gap["value"]["high"][1]
+    assert gap["depth"] == [0, 0.5, 1] and gap["low"][0] > 0.05 > gap["high"][1]
     want = metric["models"]["two"]["value"][2] - metric["models"]["one"]["value"][1]
-    assert gap["value"]["value"][1] == pytest.approx(want, abs=1e-5)
+    assert gap["value"][1] == pytest.approx(want, abs=1e-5)
 
 
 def test_a_difference_is_interpolated_where_both_reach():
@@ -55,8 +55,6 @@ def test_a_difference_is_interpolated_where_both_reach():
     gap = comparison.difference(few, many)
     np.testing.assert_allclose(gap.depth, [0.5, 1])
     np.testing.assert_allclose(gap.value.value, [13, 37])
-    back = comparison.difference(many, few)
-    np.testing.assert_allclose(back.depth, [0.75, 1]) if len(few.depth) > 3 else None
     assert gap.value.low is None
 
 

@@ -84,8 +84,11 @@ def test_a_planted_token_specialist_is_found():
     assert "expert is 11 of layer 4: it takes 100.0 % of the input token number 3" in " ".join(said)
     written = results.plain(vocabulary.tokens_to_json(counts, most=2))
     assert written["4"]["input"]["top1"]["11"][0]["id"] == 3
-    form = results.plain(vocabulary.to_json(counts, vocabulary.vocabulary(counts)))
-    assert form["kinds"]["input"]["top1"]["layers"]["4"]["experts"][11] > 0.9
+    found = vocabulary.vocabulary(counts)
+    form = results.plain(vocabulary.to_json(counts, found))["kinds"]["input"]["top1"]
+    want = found["input", "top1"]
+    assert form["layers"]["4"]["experts"][11] == pytest.approx(want.experts[1, 11], rel=1e-5)
+    assert form["layers"]["4"]["num_ids"] == want.favoured[1].tolist()
 
 
 def test_what_has_no_tokens_is_refused():
