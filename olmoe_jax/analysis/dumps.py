@@ -23,34 +23,6 @@ PARTS = ("expert_counts", "expert_counts_top1", "eid2token", "expert_counts_cros
 NAMES = {"olmoe": "OLMoE-1B-7B", "mistral": "Mixtral-8x7B"}  # folder → what it is of
 _MOST_EXPERTS = 4096
 
-# What a dump may name; anything else is refused before it is called.
-_ALLOWED = {
-    ("collections", "Counter"),
-    ("collections", "defaultdict"),
-    ("builtins", "int"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "scalar"),
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module, name):
-        if (module, name) == ("collections", "Counter"):
-            return _Counter
-        if (module, name) == ("collections", "defaultdict"):
-            return _defaultdict
-        if (module, name) == ("builtins", "int"):
-            return int
-        if (module, name) == ("numpy", "dtype"):
-            return _dtype
-        if (module, name) in _ALLOWED:
-            return _scalar
-        raise pickle.UnpicklingError(
-            f"it names {module}.{name}; a dump may hold Counters, defaultdicts, integers and "
-            "NumPy scalars only"
-        )
-
 
 class _Counter(dict):
     """Counter and defaultdict as plain dicts: their state can set nothing but items."""
@@ -89,8 +61,29 @@ def _scalar(kind, data):
     return np.frombuffer(data, kind.dtype, 1)[0].item()
 
 
+# What a dump may name → what stands for it here. Anything else is refused before it is called.
+_ALLOWED = {
+    ("collections", "Counter"): _Counter,
+    ("collections", "defaultdict"): _defaultdict,
+    ("builtins", "int"): int,
+    ("numpy", "dtype"): _dtype,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy._core.multiarray", "scalar"): _scalar,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(
+                f"it names {module}.{name}; a dump may hold Counters, defaultdicts, integers and "
+                "NumPy scalars only"
+            )
+        return _ALLOWED[module, name]
+
+
 def unpickle(path):
-    """Reads one dump without running anything that it names.
+    """Reads one dump, of pickle protocol 3 or newer, without running anything that it names.
 
     Returns:
       lists, tuples, dicts, ints and floats; Counters and defaultdicts come as dicts, NumPy scalars
