@@ -1,0 +1,370 @@
+"""Counts: what the analyses need of a trace, gathered in one pass and independent of its length.
+
+Documents are kept apart as far as resampling needs it: document number n belongs to group
+n mod GROUPS (loads: as good as single documents) and to fold n mod `folds` (pairs, paths and
+vocabulary, whose counts are large). Memory, in bytes: 16 · groups · layers · experts for the
+loads, 16 · folds · layers · experts² for pairs, 8 for each distinct (fold, token, expert) of a
+vocabulary table; nothing grows with the number of tokens beyond these bounds.
+"""
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+from olmoe_jax.analysis import tallies, trace
+
+GROUPS = 1000
+FOLDS = 10
+KINDS = ("input", "predicted", "next")
+RANKS = ("topk", "top1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What was counted over one trace, or over part of one. What a source lacks is None.
+
+    Attributes:
+      info: of the trace; num_tokens and num_documents are those counted.
+      folds: F.
+      topk, top1: int64 [layers, experts], tokens with the expert among their k, and first.
+      group_tokens: int64 [groups].
+      group_topk, group_top1: int64 [groups, layers, experts].
+      group_weights: float64 [groups, layers, 3]: sums over tokens of the chosen weights' sum, the
+        first weight, and ln(first / last chosen weight).
+      pairs: int64 [F, layers, experts, experts], tokens with both experts among their k;
+        symmetric, the diagonal is the load.
+      adjacent: int64, same shape: tokens that have a at rank r and b at r + 1.
+      path_layers: pairs of positions in info.layers.
+      paths: int64 [F, paths, experts, experts], tokens whose first expert is a, and b later.
+      vocabulary: (kind, rank) → one Tally per layer, of keys (token · experts + expert) · F + fold;
+        a kind that the source does not have is absent. None: nothing known of tokens.
+      occurrences: kind → Tally of keys token · F + fold.
+    """
+
+    info: trace.TraceInfo
+    folds: int = FOLDS
+    topk: np.ndarray
+    top1: np.ndarray | None = None
+    group_tokens: np.ndarray | None = None
+    group_topk: np.ndarray | None = None
+    group_top1: np.ndarray | None = None
+    group_weights: np.ndarray | None = None
+    pairs: np.ndarray | None = None
+    adjacent: np.ndarray | None = None
+    path_layers: tuple[tuple[int, int], ...] = ()
+    paths: np.ndarray | None = None
+    vocabulary: dict | None = None
+    occurrences: dict | None = None
+
+
+def default_paths(num_layers) -> tuple[tuple[int, int], ...]:
+    """Neighbouring layers, and as in the paper's figures 35 and 36 first → middle → last.
+
+    >>> default_paths(4)
+    ((0, 1), (1, 2), (2, 3), (1, 3))
+    """
+    middle = (num_layers - 1) // 2
+    far = {(0, middle), (middle, num_layers - 1)}
+    near = list(itertools.pairwise(range(num_layers)))
+    return (*near, *sorted(pair for pair in far if pair[0] < pair[1] and pair not in near))
+
+
+class Counter:
+    """Counts under construction: `add` every block of a trace, then `result`.
+
+    Args:
+      info: of the trace.
+      folds: in how many parts documents are kept apart for pairs, paths and vocabulary.
+      path_layers: pairs of positions in info.layers.
+      vocabulary: whether to count tokens; the largest part of memory and time.
+    """
+
+    def __init__(self, info, *, folds=FOLDS, path_layers=None, vocabulary=True):
+        layers, experts = len(info.layers), info.num_experts
+        if not layers or not 1 <= info.num_experts_per_token <= experts:
+            raise ValueError(f"{describe(info)}: expected layers, and 1..experts experts per token")
+        self.info, self.folds = info, folds
+        self.path_layers = default_paths(layers) if path_layers is None else tuple(path_layers)
+        self._tokens, self._documents, self._last = 0, 0, None
+        self._groups = {
+            "group_tokens": np.zeros(GROUPS, np.int64),
+            "group_topk": np.zeros((GROUPS, layers, experts), np.int64),
+            "group_top1": np.zeros((GROUPS, layers, experts), np.int64),
+            "group_weights": np.zeros((GROUPS, layers, 3)),
+        }
+        self._weighed = True
+        square = (folds, layers, experts, experts)
+        self._pairs, self._adjacent = np.zeros(square, np.int64), np.zeros(square, np.int64)
+        self._paths = np.zeros((folds, len(self.path_layers), experts, experts), np.int64)
+        self._vocabulary, self._occurrences = None, None
+        if vocabulary:
+            self._vocabulary = {
+                (kind, rank): [tallies.Growing() for _ in range(layers)]
+                for kind in KINDS
+                for rank in RANKS
+            }
+            self._occurrences = {kind: tallies.Growing() for kind in KINDS}
+
+    def add(self, block):
+        """Counts consecutive tokens.
+
+        Raises:
+          ValueError: ids out of range, or an expert twice for one token.
+        """
+        if not len(block):
+            return
+        _check(block, self.info)
+        self._add_documents(block.documents)
+        fold = (block.documents % self.folds).astype(np.int64)
+        # by fold, so that the tokens of a fold are one slice
+        order = np.argsort(fold, kind="stable")
+        bounds = np.searchsorted(fold[order], np.arange(self.folds + 1))
+        block, fold = trace.cut(block, order), fold[order]
+        group = (block.documents % GROUPS).astype(np.int64)
+        self._groups["group_tokens"] += np.bincount(group, minlength=GROUPS)
+        words = self._words(block, fold)
+        for layer in range(len(self.info.layers)):
+            ids = np.ascontiguousarray(block.expert_ids[:, layer], np.int32)
+            self._add_loads(layer, ids, group)
+            self._add_pairs(layer, ids, bounds, fold)
+            self._add_words(layer, ids, words)
+        self._add_weights(block, group)
+        self._add_paths(block.expert_ids[:, :, 0].astype(np.int64), fold)
+        self._tokens += len(block)
+
+    def result(self) -> Counts:
+        """What was counted so far."""
+        last = np.flatnonzero(self._groups["group_tokens"])
+        used = int(last[-1]) + 1 if last.size else 0
+        groups = {name: array[:used].copy() for name, array in self._groups.items()}
+        if not self._weighed:
+            groups["group_weights"] = None
+        vocabulary = occurrences = None
+        if self._vocabulary is not None:
+            occurrences = {k: t for k, g in self._occurrences.items() if len(t := g.result())}
+            vocabulary = {
+                name: tuple(growing.result() for growing in layers)
+                for name, layers in self._vocabulary.items()
+                if name[0] in occurrences
+            }
+        info = dataclasses.replace(
+            self.info, num_tokens=self._tokens, num_documents=self._documents
+        )
+        return Counts(
+            info=info, folds=self.folds, topk=groups["group_topk"].sum(0),
+            top1=groups["group_top1"].sum(0), pairs=self._pairs.copy(),
+            adjacent=self._adjacent.copy(), path_layers=self.path_layers,
+            paths=self._paths.copy(), vocabulary=vocabulary, occurrences=occurrences, **groups,
+        )  # fmt: skip
+
+    def _add_documents(self, documents):
+        """Documents never fall, so a new one is one that differs from the token before."""
+        changes = int((documents[1:] != documents[:-1]).sum())
+        self._documents += changes + (documents[0] != self._last)
+        self._last = documents[-1]
+
+    def _add_loads(self, layer, ids, group):
+        experts = self.info.num_experts
+        for name, chosen in (("group_topk", ids), ("group_top1", ids[:, :1])):
+            keys = (group[:, None] * experts + chosen)[chosen >= 0]
+            counted = np.bincount(keys, minlength=GROUPS * experts).reshape(GROUPS, experts)
+            self._groups[name][:, layer] += counted
+
+    def _add_weights(self, block, group):
+        if block.weights is None:
+            self._weighed = False
+            return
+        weights, last = block.weights, block.weights[..., -1]
+        real = block.expert_ids >= 0
+        if not real.all():
+            weights = np.where(real, weights, 0)
+            last = np.where(real, weights, np.inf).min(-1)
+        first = weights.max(-1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            spread = np.log(first / last)
+        # a weight that float16 rounds to 0 has no logarithm
+        spread = np.where(np.isfinite(spread), spread, 0)
+        for number, value in enumerate((weights.sum(-1, dtype=np.float32), first, spread)):
+            for layer in range(value.shape[1]):
+                self._groups["group_weights"][:, layer, number] += np.bincount(
+                    group, value[:, layer], minlength=GROUPS
+                )
+
+    def _add_pairs(self, layer, ids, bounds, fold):
+        experts = self.info.num_experts
+        # one column more, for the id −1 of a place that holds no expert
+        hot = np.zeros((len(ids), experts + 1), np.float32)
+        hot[np.arange(len(ids))[:, None], ids] = 1
+        hot = hot[:, :experts]
+        if hot.sum(dtype=np.float64) != (ids >= 0).sum():
+            raise ValueError(
+                f"{describe(self.info)}, layer {self.info.layers[layer]}: a token has one expert "
+                "twice"
+            )
+        for part, (start, end) in enumerate(itertools.pairwise(bounds)):
+            self._pairs[part, layer] += (hot[start:end].T @ hot[start:end]).astype(np.int64)
+        before, after = ids[:, :-1], ids[:, 1:]
+        keys = (fold[:, None] * experts + before) * experts + after
+        keys = keys[(before >= 0) & (after >= 0)]
+        counted = np.bincount(keys, minlength=self.folds * experts**2)
+        self._adjacent[:, layer] += counted.reshape(self.folds, experts, experts)
+
+    def _add_paths(self, first, fold):
+        experts = self.info.num_experts
+        for path, (one, two) in enumerate(self.path_layers):
+            a, b = first[:, one], first[:, two]
+            keys = ((fold * experts + a) * experts + b)[(a >= 0) & (b >= 0)]
+            counted = np.bincount(keys, minlength=self.folds * experts**2)
+            self._paths[:, path] += counted.reshape(self.folds, experts, experts)
+
+    def _words(self, block, fold):
+        """kind → (which tokens have it or None for all, token · experts · F + fold of these)."""
+        if self._vocabulary is None:
+            return {}
+        found, experts = {}, self.info.num_experts
+        for kind in KINDS:
+            tokens = getattr(block, f"{kind}_ids").astype(np.int64)
+            real = tokens >= 0
+            if not real.any():
+                continue
+            if (int(tokens.max()) + 1) * experts * self.folds > 2**32:
+                raise ValueError(
+                    f"{describe(self.info)}: token id {tokens.max()} with {experts} experts and "
+                    f"{self.folds} folds needs keys above 2^32: use fewer folds"
+                )
+            which, parts = (None, fold) if real.all() else (real, fold[real])
+            tokens = tokens if which is None else tokens[which]
+            self._occurrences[kind].add((tokens * self.folds + parts).astype(np.uint32))
+            keys = tokens * (experts * self.folds) + parts
+            found[kind] = which, keys.astype(np.uint32)
+        return found
+
+    def _add_words(self, layer, ids, words):
+        for kind, (which, keys) in words.items():
+            chosen = ids if which is None else ids[which]
+            whole = bool((chosen >= 0).all())
+            scaled = (chosen * self.folds).astype(np.uint32)
+            for rank, part in (("topk", slice(None)), ("top1", slice(1))):
+                all_keys = keys[:, None] + scaled[:, part]
+                if not whole:
+                    all_keys = all_keys[chosen[:, part] >= 0]
+                self._vocabulary[kind, rank][layer].add(all_keys)
+
+
+def count(source, *, size=65536, **options) -> Counts:
+    """Counts of a whole trace; `options` are Counter's.
+
+    Raises:
+      ValueError: the trace holds no token, or ids out of range.
+    """
+    counter = Counter(source.info, **options)
+    for block in source.blocks(size):
+        counter.add(block)
+    counts = counter.result()
+    if not counts.info.num_tokens:
+        raise ValueError(f"{describe(source.info)}: holds no token: leave this domain out")
+    return counts
+
+
+def merge(parts) -> Counts:
+    """Counts of the parts of one trace: the same as of the whole, counted in one pass.
+
+    The parts share the numbering of documents; a document cut in two counts in both, so
+    info.num_documents is an upper bound.
+    """
+    parts = list(parts)
+    _check_alike(parts, ("model", "checkpoint", "domain"))
+    return _combine(parts, parts[0].info, _add_groups)
+
+
+def pool(parts) -> Counts:
+    """Counts over several domains of one checkpoint; their documents stay apart."""
+    parts = list(parts)
+    _check_alike(parts, ("model", "checkpoint"))
+    domains = ", ".join(dict.fromkeys(part.info.domain for part in parts))
+    return _combine(parts, dataclasses.replace(parts[0].info, domain=domains), np.concatenate)
+
+
+def check_alike(infos, names=()):
+    """Raises ValueError unless layers, experts, k and the fields `names` are the same in all."""
+    first, *others = infos
+    for other in others:
+        for name in ("layers", "num_experts", "num_experts_per_token", *names):
+            one, two = getattr(first, name), getattr(other, name)
+            if one != two:
+                raise ValueError(
+                    f"{describe(first)} has {name} {one}, {describe(other)} has {two}: they must "
+                    "agree"
+                )
+
+
+def describe(info) -> str:
+    """How messages call a trace."""
+    checkpoint = f", {info.checkpoint}" if info.checkpoint else ""
+    return f"trace of {info.model}{checkpoint} on {info.domain}"
+
+
+def _check_alike(parts, names):
+    if not parts:
+        raise ValueError("no counts to put together: expected at least one")
+    check_alike([part.info for part in parts], names)
+    if len({(part.folds, part.path_layers) for part in parts}) > 1:
+        raise ValueError("counts with different folds or paths cannot be put together")
+
+
+def _combine(parts, info, groups):
+    info = dataclasses.replace(
+        info,
+        num_tokens=sum(part.info.num_tokens for part in parts),
+        num_documents=sum(part.info.num_documents for part in parts),
+    )
+    values = {}
+    for field in dataclasses.fields(Counts):
+        arrays = [getattr(part, field.name) for part in parts]
+        if field.name in ("info", "folds", "path_layers"):
+            continue
+        if any(array is None for array in arrays):
+            values[field.name] = None
+        elif field.name.startswith("group_"):
+            values[field.name] = groups(arrays)
+        elif field.name == "occurrences":
+            kinds = set.intersection(*(set(array) for array in arrays))
+            values[field.name] = {
+                k: tallies.merge(a[k] for a in arrays) for k in KINDS if k in kinds
+            }
+        elif field.name == "vocabulary":
+            names = set.intersection(*(set(array) for array in arrays))
+            values[field.name] = {
+                name: tuple(
+                    tallies.merge(layer) for layer in zip(*(a[name] for a in arrays), strict=True)
+                )
+                for name in arrays[0]
+                if name in names
+            }
+        else:
+            values[field.name] = sum(arrays[1:], arrays[0])
+    return Counts(info=info, folds=parts[0].folds, path_layers=parts[0].path_layers, **values)
+
+
+def _add_groups(arrays):
+    longest = max(len(array) for array in arrays)
+    total = np.zeros((longest, *arrays[0].shape[1:]), arrays[0].dtype)
+    for array in arrays:
+        total[: len(array)] += array
+    return total
+
+
+def _check(block, info):
+    shape = (len(info.layers), info.num_experts_per_token)
+    if block.expert_ids.shape[1:] != shape:
+        raise ValueError(
+            f"{describe(info)}: expert ids of shape {block.expert_ids.shape}, expected "
+            f"[tokens, {shape[0]} layers, {shape[1]} experts per token]"
+        )
+    low, high = int(block.expert_ids.min()), int(block.expert_ids.max())
+    if low < -1 or high >= info.num_experts:
+        raise ValueError(
+            f"{describe(info)}: expert id {high if low >= -1 else low}; the model has "
+            f"{info.num_experts} experts, ids 0..{info.num_experts - 1} (−1: none)"
+        )

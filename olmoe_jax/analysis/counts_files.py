@@ -1,0 +1,92 @@
+"""Counts on disk: one .npz file, so that analyses need no trace."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import zipfile
+
+import numpy as np
+
+from olmoe_jax.analysis import counts as counts_lib
+from olmoe_jax.analysis import tallies, trace
+
+_FORMAT = 1
+
+
+def save(path, counts) -> None:
+    """Writes Counts, whole or not at all.
+
+    Members: "about" (JSON: format, info, folds, path_layers), the arrays by their names, and
+    tallies as vocabulary/KIND/RANK/LAYER/{keys,counts} and occurrences/KIND/{keys,counts}.
+    """
+    about = {"format": _FORMAT, "info": dataclasses.asdict(counts.info), "folds": counts.folds}
+    about["path_layers"] = counts.path_layers
+    about["words"] = counts.vocabulary is not None
+    arrays = {"about": np.array(json.dumps(about))}
+    for field in dataclasses.fields(counts_lib.Counts):
+        value = getattr(counts, field.name)
+        if isinstance(value, np.ndarray):
+            arrays[field.name] = value
+    for (kind, rank), layers in (counts.vocabulary or {}).items():
+        for layer, tally in enumerate(layers):
+            _put(arrays, f"vocabulary/{kind}/{rank}/{layer}", tally)
+    for kind, tally in (counts.occurrences or {}).items():
+        _put(arrays, f"occurrences/{kind}", tally)
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, **arrays)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path) -> counts_lib.Counts:
+    """Reads what `save` wrote.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no such file, or it is not one of `save`'s.
+    """
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file of counts")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        about = json.loads(str(arrays.pop("about")))
+        assert about["format"] == _FORMAT
+    except (ValueError, KeyError, AssertionError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a file of routing counts (format {_FORMAT})") from error
+    info = about["info"]
+    for name in ("layers", "near_ties"):
+        info[name] = tuple(info[name])
+    values = {name: array for name, array in arrays.items() if "/" not in name}
+    vocabulary = occurrences = None
+    if about["words"]:
+        vocabulary, occurrences = {}, {}
+        for name in arrays:
+            kind_of, *rest = name.split("/")
+            if rest[-1:] != ["keys"]:
+                continue
+            if kind_of == "occurrences":
+                occurrences[rest[0]] = _get(arrays, f"occurrences/{rest[0]}")
+            elif rest[2] == "0":
+                vocabulary[rest[0], rest[1]] = tuple(
+                    _get(arrays, f"vocabulary/{rest[0]}/{rest[1]}/{layer}")
+                    for layer in range(len(info["layers"]))
+                )
+    return counts_lib.Counts(
+        info=trace.TraceInfo(**info), folds=about["folds"],
+        path_layers=tuple(tuple(pair) for pair in about["path_layers"]),
+        vocabulary=vocabulary, occurrences=occurrences, **values,
+    )  # fmt: skip
+
+
+def _put(arrays, name, tally):
+    arrays[f"{name}/keys"], arrays[f"{name}/counts"] = tally.keys, tally.counts
+
+
+def _get(arrays, name):
+    return tallies.Tally(arrays[f"{name}/keys"], arrays[f"{name}/counts"])

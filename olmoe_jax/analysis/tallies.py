@@ -1,0 +1,89 @@
+"""Sparse tallies: how often each of very many keys occurred; memory follows distinct keys."""
+
+import dataclasses
+
+import numpy as np
+
+_LIMIT = 2**32  # a key and its count share 64 bits, so that one sort orders both
+_PATIENCE = 1 << 17  # pairs that wait unmerged in each tally
+
+
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    """Keys that occurred, and how often.
+
+    Attributes:
+      keys: uint32 [n], rising, each once.
+      counts: uint32 [n], at least 1.
+    """
+
+    keys: np.ndarray
+    counts: np.ndarray
+
+    def __len__(self):
+        return len(self.keys)
+
+
+def empty() -> Tally:
+    """A tally of nothing."""
+    return Tally(np.zeros(0, np.uint32), np.zeros(0, np.uint32))
+
+
+def count(keys) -> Tally:
+    """The tally of an array of keys, uint32, in any order."""
+    keys = np.sort(keys, axis=None)
+    first = _starts(keys)
+    counts = np.diff(np.append(first, len(keys)))
+    return Tally(keys[first], counts.astype(np.uint32))
+
+
+def merge(tallies) -> Tally:
+    """The tally of all that the given ones counted.
+
+    Raises:
+      ValueError: a count reaches 2^32.
+    """
+    tallies = [tally for tally in tallies if len(tally)]
+    if len(tallies) < 2:
+        return tallies[0] if tallies else empty()
+    packed = np.concatenate([_pack(tally) for tally in tallies])
+    packed.sort()
+    keys, counts = (packed >> np.uint64(32)).astype(np.uint32), packed & np.uint64(_LIMIT - 1)
+    first = _starts(keys)
+    totals = np.add.reduceat(counts, first)
+    if totals.max() >= _LIMIT:
+        raise ValueError("a token went to one expert 2^32 times: count such a trace in parts")
+    return Tally(keys[first], totals.astype(np.uint32))
+
+
+def _pack(tally):
+    return (tally.keys.astype(np.uint64) << np.uint64(32)) | tally.counts
+
+
+def _starts(keys):
+    """Where runs of equal keys begin."""
+    if not len(keys):
+        return np.zeros(0, np.int64)
+    return np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+
+
+class Growing:
+    """A tally under construction: merges when as much waits as is merged, so each pair is moved
+    a number of times that grows with the logarithm of the total."""
+
+    def __init__(self):
+        self._merged, self._waiting, self._size = empty(), [], 0
+
+    def add(self, keys):
+        """Counts an array of keys, uint32."""
+        tally = count(keys)
+        self._waiting.append(tally)
+        self._size += len(tally)
+        if self._size > max(_PATIENCE, len(self._merged)):
+            self.result()
+
+    def result(self) -> Tally:
+        """The tally so far."""
+        self._merged = merge([self._merged, *self._waiting])
+        self._waiting, self._size = [], 0
+        return self._merged

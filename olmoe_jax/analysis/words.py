@@ -1,0 +1,209 @@
+"""Sentences from the numbers: what a reader should know first. Nothing here is fixed text about a
+particular model: each sentence follows from values, and says when chance explains them."""
+
+import numpy as np
+
+from olmoe_jax.analysis import resampling, vocabulary
+
+_CLEAR = 2.0  # times chance from which an overlap or a favourite is worth a sentence
+
+
+def specialised(result) -> tuple[str, ...]:
+    """How the experts depend on the domain, from domains.Domains."""
+    one, info = result.topk, result.topk.information
+    if info is None:
+        share, row, expert = _most_used(result)
+        return (
+            f"One domain, {result.domains[0]}: expert {expert} of layer {result.layers[row]} is "
+            f"active for {_percent(share)} of its tokens; a balanced router gives "
+            f"{_percent(result.uniform['topk'])}.",
+        )
+    out = []
+    permuted = one.baseline == "permuted documents"
+    p_value = info.mean_p_value if permuted else one.specific_mean_p
+    if p_value > resampling.SURE:
+        how = (
+            "with the domains' names shuffled over documents"
+            if permuted
+            else "with every choice drawn from the mean of the domains"
+        )
+        return (
+            f"Domains: no better than chance; {how}, {_percent(p_value)} of the draws differ as "
+            "much between domains.",
+        )
+    best = int(np.argmax(info.corrected.value))
+    sentence = (
+        f"Experts depend on the domain, most in layer {result.layers[best]}: a choice tells "
+        f"{info.corrected.value[best]:.2g} of at most {info.most:.2g} bits of the domain"
+    )
+    if not permuted:
+        out.append(f"{sentence} (documents are not known or too few to shuffle names).")
+    else:
+        out.append(f"{sentence}; shuffled names tell {info.chance[best]:.2g}.")
+    out.append(_specialist(result))
+    spread = one.tv.value.mean(0)
+    strong, weak = int(np.argmax(spread)), int(np.argmin(spread))
+    out.append(
+        f"{result.domains[strong]} is routed least evenly (on average {_percent(spread[strong])} "
+        f"of its choices would have to move to be even), {result.domains[weak]} most evenly "
+        f"({_percent(spread[weak])})."
+    )
+    return tuple(out)
+
+
+def _specialist(result):
+    """The expert whose share in one domain stands out most from the other domains'."""
+    share = result.topk.share.value
+    count = share.shape[1]
+    others = (share.sum(1, keepdims=True) - share) / (count - 1)
+    row, domain, expert = np.unravel_index(np.argmax(share - others), share.shape)
+    ends = result.topk.share[row, domain, expert]
+    between = "" if ends.low is None else f" (95 %: {_percent(ends.low)} to {_percent(ends.high)})"
+    return (
+        f"The clearest specialist is expert {expert} of layer {result.layers[row]}: active for "
+        f"{_percent(ends.value)} of the tokens of {result.domains[domain]}{between}, for "
+        f"{_percent(others[row, domain, expert])} in the other domains; a balanced router gives "
+        f"{_percent(result.uniform['topk'])}."
+    )
+
+
+def _most_used(result):
+    share = result.topk.share.value[:, 0]
+    row, expert = np.unravel_index(np.argmax(share), share.shape)
+    return share[row, expert], row, expert
+
+
+def balanced(result) -> tuple[str, ...]:
+    """How even the load is, from load.Load."""
+    worst = int(np.argmax(result.max_violation.value))
+    layers, value = result.info.layers, result.max_violation[worst]
+    between = "" if value.low is None else f" (95 %: {value.low + 1:.2f} to {value.high + 1:.2f})"
+    out = [
+        f"On {result.info.domain} the busiest expert, in layer {layers[worst]}, carries "
+        f"{value.value + 1:.2f} times the mean load{between}; over layers the load has "
+        f"{_percent(result.entropy.value.mean())} of the largest entropy."
+    ]
+    dead = sum(len(ids) for ids in result.dead)
+    total = len(layers) * result.info.num_experts
+    if not dead:
+        out.append(f"None of {total} experts is dead.")
+    else:
+        expected = result.dead_by_chance * len(layers)
+        where = ", ".join(str(layers[row]) for row, ids in enumerate(result.dead) if ids)
+        verdict = (
+            "so few tokens leave as many without one"
+            if dead <= expected * _CLEAR
+            else f"a balanced router would leave {expected:.2g}"
+        )
+        out.append(f"{dead} of {total} experts got no token (layers {where}); {verdict}.")
+    if result.confidence is not None:
+        chance = result.info.num_experts_per_token / result.info.num_experts
+        out.append(
+            f"The chosen experts hold {_percent(result.confidence.value.mean())} of the router's "
+            f"probability; a router that does not care gives {_percent(chance)}."
+        )
+    return tuple(out)
+
+
+def settled(result) -> tuple[str, ...]:
+    """How early the router was what it is at the end, from saturation.Saturation."""
+    first, chance = result.against_final[0], result.chance["topk"]
+    where = "" if first.share is None else f" ({100 * first.share:.2g} % of training)"
+    value = first.topk_mean
+    low = value.value if value.low is None else value.low
+    if low <= chance:
+        return (
+            f"{first.name}{where} agrees with {result.reference} on {_percent(value.value)} of "
+            f"the choices, no better than chance ({_percent(chance)}): the router had not settled.",
+        )
+    out = [
+        f"At {first.name}{where} {_percent(value.value)} of the choices are those of "
+        f"{result.reference} (chance: {_percent(chance)}); of the first choices "
+        f"{_percent(first.top1_mean.value)} ({_percent(result.chance['top1'])})."
+    ]
+    if len(result.against_final) > 1:
+        last = result.against_final[-1]
+        out.append(f"At {last.name} it is {_percent(last.topk_mean.value)}.")
+    slow = int(np.argmin(first.topk.value))
+    quick = int(np.argmax(first.topk.value))
+    if slow != quick:
+        out.append(
+            f"Layer {result.layers[quick]} settled first ({_percent(first.topk.value[quick])}), "
+            f"layer {result.layers[slow]} last ({_percent(first.topk.value[slow])})."
+        )
+    return tuple(out)
+
+
+def worded(counts, found, *, min_count=vocabulary.MIN_COUNT, decode=None) -> tuple[str, ...]:
+    """Whether experts handle particular tokens, from what vocabulary.vocabulary returned."""
+    rank = "top1" if any(name[1] == "top1" for name in found) else "topk"
+    curves = {kind: one for (kind, r), one in found.items() if r == rank}
+    layers, out = counts.info.layers, []
+    for kind, one in curves.items():
+        low = one.mean.value if one.mean.low is None else one.mean.low
+        name = {"input": "input", "predicted": "predicted", "next": "true next"}[kind]
+        # shares cannot pass 1, so what is left above chance counts, not the ratio
+        above = (one.mean.value - one.random) / np.maximum(1 - one.random, 1e-9)
+        if (low <= one.random).all() or above.max() < 0.02:
+            out.append(f"By the {name} token the experts on average do no better than chance.")
+        else:
+            best = int(np.argmax(above))
+            out.append(
+                f"By the {name} token, most in layer {layers[best]}: a token goes to its favourite "
+                f"expert {_percent(one.mean.value[best])} of the time (chance: "
+                f"{_percent(one.random[best])})."
+            )
+        star = vocabulary.clearest(counts, kind, rank, min_count=min_count, decode=decode)
+        if star is not None and star.chance <= resampling.SURE:
+            token = f"“{star.word.text}”" if star.word.text else f"number {star.word.id}"
+            out.append(
+                f"The clearest such expert is {star.expert} of layer {layers[star.layer]}: it "
+                f"takes {_percent(star.word.share)} of the {name} token {token} "
+                f"({star.word.count} times)."
+            )
+    return tuple(out)
+
+
+def together(result) -> tuple[str, ...]:
+    """Which experts work in groups, from coactivation.Coactivation."""
+    found = [(group, layer.layer) for layer in result.layers for group in layer.groups]
+    if not found:
+        return (
+            f"No two experts choose each other's tokens {_percent(result.threshold)} of the time, "
+            f"twice what random sets would ({_percent(result.chance)}).",
+        )
+    group, layer = max(found, key=lambda item: (item[0].weakest, len(item[0].experts)))
+    names = " and ".join(str(expert) for expert in group.experts)
+    return (
+        f"Experts {names} of layer {layer} are the tightest group: each is chosen for at least "
+        f"{_percent(group.weakest)} of the tokens of the others (random sets: "
+        f"{_percent(result.chance)}).",
+    )
+
+
+def matched(result) -> tuple[str, ...]:
+    """Whether two models have the same experts, from matching.Matching."""
+    values = np.array([float(layer.mean.value) for layer in result.layers])
+    chance = np.array([layer.chance for layer in result.layers])
+    lows = [
+        v if o.mean.low is None else float(o.mean.low)
+        for v, o in zip(values, result.layers, strict=True)
+    ]
+    best = int(np.argmax(values - chance))
+    what = "choose the same tokens" if result.by == "routing" else "have the same weights"
+    if (np.array(lows) <= chance).all() or (values - chance).max() < 0.01:
+        return (
+            f"Matched one to one, the experts of {result.one} and {result.two} {what} no better "
+            f"than chance ({values.mean():.2g} against {chance.mean():.2g}).",
+        )
+    return (
+        f"Matched one to one, the experts of {result.one} and {result.two} are alike by "
+        f"{values.mean():.2g} on average (1: they {what}; chance {chance.mean():.2g}), most in "
+        f"layer {result.layers[best].layer} ({values[best]:.2g}).",
+    )
+
+
+def _percent(share):
+    """97.7 %, 0.41 %, 100 %."""
+    value = 100 * float(share)
+    return f"{value:.1f} %" if value >= 1 else f"{value:.2g} %"
