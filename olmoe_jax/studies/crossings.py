@@ -84,7 +84,9 @@ class Summary:
       kind, axis: which.
       each: seed → Crossing.
       interval: statistics.Interval of the logarithms of the places; None unless every seed has one.
-      shares: seed → place ÷ the dense model's budget; of axes without it, as far as it is known.
+      budgets: seed → the dense model's on this axis, as far as it is known; none on an axis that
+        includes it.
+      shares: seed → place ÷ budget, where there are both.
       share: Interval of the logarithms of the shares; None unless every seed has one.
     """
 
@@ -92,6 +94,7 @@ class Summary:
     axis: str
     each: dict[int, Crossing]
     interval: statistics.Interval | None
+    budgets: dict[int, float]
     shares: dict[int, float]
     share: statistics.Interval | None
 
@@ -151,7 +154,7 @@ def find(x, gap, kind) -> Crossing:
     margin = MARGIN if kind == CATCH_UP else 0.0
     place = statistics.crossing(x, gap - margin, lasting=kind == OVERTAKING)
     ends = {"begin": float(x[0]), "end": float(x[-1])}
-    return Crossing(place=place, at_most=place == x[0], **ends)
+    return Crossing(place=place, at_most=bool(place == x[0]), **ends)
 
 
 def summarise(kind, axis, each, budgets) -> Summary:
@@ -161,17 +164,19 @@ def summarise(kind, axis, each, budgets) -> Summary:
       budgets: seed → Budget of the dense model.
     """
     found = {seed: c.place for seed, c in each.items() if c.place is not None}
-    shares = {}
+    known = {}
     if not axis.endswith("_with_dense"):
-        known = {seed: budgets[seed].on(axis) for seed in found}
-        shares = {seed: found[seed] / whole for seed, whole in known.items() if whole}
+        known = {seed: whole for seed in each if (whole := budgets[seed].on(axis))}
+    shares = {seed: found[seed] / known[seed] for seed in found if seed in known}
 
     def interval(values):
         complete = len(values) == len(each) > 0
         return statistics.t_interval(np.log(list(values.values()))) if complete else None
 
-    return Summary(kind=kind, axis=axis, each=each, interval=interval(found), shares=shares,
-                   share=interval(shares))  # fmt: skip
+    return Summary(
+        kind=kind, axis=axis, each=each, interval=interval(found), budgets=known, shares=shares,
+        share=interval(shares),
+    )  # fmt: skip
 
 
 def compare(runs, budgets, metric="validation/loss") -> dict[tuple[str, str], Summary]:
