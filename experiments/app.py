@@ -10,6 +10,7 @@ one found while flags are parsed, becomes one line `error: …` on stderr and ex
 shows the traceback. JAX is imported only where it is needed.
 """
 
+import atexit
 import ctypes
 import dataclasses
 import difflib
@@ -17,7 +18,9 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
+import tempfile
 import traceback
 import typing
 
@@ -130,6 +133,38 @@ def start_distributed() -> bool:
     by_hand = {name: int(os.environ[v]) for name, v in variables.items() if v in os.environ}
     jax.distributed.initialize(**by_hand, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     return True
+
+
+def share_compiled_programs():
+    """Lets runs that differ only in their seed be compiled once per process.
+
+    In a folder of this process: machines that share a workdir may have other processors.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = tempfile.mkdtemp(prefix="olmoe_jax_study_")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def seeds(texts) -> tuple[int, ...] | None:
+    """The numbers of a flag --seeds=4,5,6; None if it is not given.
+
+    Raises:
+      ValueError: one is not a number.
+    """
+    for text in texts or ():
+        if not text.strip().isdecimal():
+            raise ValueError(f"--seeds: {text!r} is not a number; write --seeds=4,5,6")
+    return None if texts is None else tuple(int(text) for text in texts)
+
+
+def stopped(signal) -> int:
+    """Says that a signal ended a study's runs; the exit status."""
+    print("stopped; state saved. The same command goes on from there")
+    return 128 + signal
 
 
 def python() -> str:

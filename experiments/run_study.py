@@ -11,13 +11,10 @@ With --arm, --seed or both only those runs are made, so that jobs on several mac
 work. The verdicts are printed; WORKDIR/report.html has the curves, WORKDIR/report.json the numbers.
 """
 
-import atexit
 import difflib
 import importlib.util
 import os
 import pathlib
-import shutil
-import tempfile
 
 from absl import flags
 
@@ -44,7 +41,7 @@ def main(argv):
     """Flags → study → runs → report."""
     del argv
     study = load(_STUDY.value)
-    seeds = None if _SEEDS.value is None else tuple(_number(text) for text in _SEEDS.value)
+    seeds = app.seeds(_SEEDS.value)
     app.tune_allocator()
     app.start_distributed()
     import jax  # starts after the two lines above
@@ -52,19 +49,21 @@ def main(argv):
     from olmoe_jax.studies import protocol, report, runner
 
     workdir = pathlib.Path(os.path.expanduser(_WORKDIR.value))
-    _share_compiled_programs()
+    app.share_compiled_programs()
     if _PILOT.value:
         plan = runner.make_plan(study, workdir, scale=_SCALE.value, data=_DATA.value)
         found = protocol.run_pilot(plan)
         if isinstance(found, int):
-            return _stopped(found)
+            return app.stopped(found)
         protocol.write(workdir / protocol.FILE, found)
         print(f"\nseeds {list(found.seeds)}, learning rates {found.learning_rates}")
         print("\n".join(f"note: {note}" for note in found.notes))
         print(f"written: {workdir / protocol.FILE}; commit it before the runs that decide")
         app.write_json(found)
         return 0
-    followed, notes = _protocol(protocol, runner, study, workdir)
+    followed, notes = protocol.find(
+        workdir, study, _SCALE.value, path=_PROTOCOL.value, data=_DATA.value
+    )
     if followed is not None and seeds is not None and seeds != tuple(followed.seeds):
         notes.append(f"the seeds are not the protocol's, {list(followed.seeds)}")
     plan = runner.make_plan(
@@ -77,7 +76,7 @@ def main(argv):
         return 0
     stopped = runner.make_runs(plan, arm=_ARM.value, seed=_SEED.value)
     if stopped is not None:
-        return _stopped(stopped)
+        return app.stopped(stopped)
     if left := plan.remaining:
         print(f"\n{len(left)} runs are not done yet: " + ", ".join(f"{a} {s}" for a, s in left))
         app.write_json({"study": study.name, "remaining": left})
@@ -89,20 +88,6 @@ def main(argv):
     print(f"page: {workdir / report.PAGE}\nnumbers: {workdir / report.DATA}")
     app.write_json(content)
     return 0
-
-
-def _share_compiled_programs():
-    """Lets the runs of one arm, which differ in their seed, be compiled once per process.
-
-    In a folder of this process: machines that share a workdir may have other processors.
-    """
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is None:
-        folder = tempfile.mkdtemp(prefix="olmoe_jax_study_")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def names() -> list[str]:
@@ -138,26 +123,6 @@ def load(name) -> declaration.Study:
     if study.name != path.stem:
         raise ValueError(f"{path}: its study is called {study.name!r}; the name is the file's")
     return study
-
-
-def _protocol(protocol, runner, study, workdir):
-    """(the Protocol that the runs follow or None, notes)."""
-    path = _PROTOCOL.value or workdir / protocol.FILE
-    if _PROTOCOL.value is None and not path.is_file():
-        return None, []
-    data = None if _DATA.value is None else runner.data_changes(_DATA.value)
-    return protocol.read(path, study, _SCALE.value, data=data)
-
-
-def _number(text):
-    if not text.strip().isdecimal():
-        raise ValueError(f"--seeds: {text!r} is not a number; write --seeds=4,5,6")
-    return int(text)
-
-
-def _stopped(signal):
-    print("stopped; state saved. The same command goes on from there")
-    return 128 + signal
 
 
 if __name__ == "__main__":

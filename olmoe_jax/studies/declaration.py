@@ -51,14 +51,21 @@ class Arm:
       changes: field → value in which it differs from the base: {"model.d_ff": 64}. A value may be a
         function of the base's Config, for what follows from the scale.
       starts_from: another arm, whose last checkpoint of the same seed this one starts from.
-      convert: with starts_from, how: `convert(source, target, config)` makes the model directory
-        `target` from the checkpoint directory `source` for a run of `config`. None: as it is.
+      start: a model directory from elsewhere that it starts from, with every seed.
+      convert: with either of the two, how: `convert(source, target, config)` makes the model
+        directory `target` from the one at `source` for a run of `config`. None: as it is.
     """
 
     name: str
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     starts_from: str | None = None
+    start: str | None = None
     convert: Callable | None = None
+
+    @property
+    def begins_anew(self) -> bool:
+        """Whether it starts from nothing."""
+        return self.starts_from is None and self.start is None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +128,8 @@ class Study:
       pilot_seeds: of the pilot's runs; none of `seeds`.
       learning_rate_factors: the pilot's sweep, times each arm's optimizer.learning_rate.
       max_seeds: most that the pilot may ask for.
+      variant: what tells it from other studies of its name where the configs do not; a workdir
+        holds one variant.
 
     Raises:
       ValueError, TypeError: one line that names the study, the field and what is expected.
@@ -137,6 +146,7 @@ class Study:
     pilot_seeds: tuple[int, ...] = (101, 102, 103)
     learning_rate_factors: tuple[float, ...] = (0.5, 1.0, 2.0)
     max_seeds: int = 12
+    variant: str = ""
 
     def __post_init__(self):
         try:
@@ -163,6 +173,8 @@ class Study:
         shared = set(self.seeds) & set(self.pilot_seeds)
         _require(not shared, "pilot_seeds", self.pilot_seeds, "must not be among the seeds")
         for position, arm in enumerate(self.arms):
+            _require(arm.start is None or arm.starts_from is None, "start", arm.start,
+                     f"arm {arm.name} starts from {arm.starts_from} already")  # fmt: skip
             if arm.starts_from is not None:
                 _require(arm.starts_from in names[:position], "starts_from", arm.starts_from,
                          f"arm {arm.name} must come after the one it starts from")  # fmt: skip

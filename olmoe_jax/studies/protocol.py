@@ -8,6 +8,7 @@ that matters. The size of the effect in the pilot decides nothing.
 
 import dataclasses
 import json
+import os
 import pathlib
 
 from olmoe_jax import config as config_lib
@@ -69,9 +70,15 @@ def pilot_runs(plan):
                         config.checkpoint.interval, config.training.num_steps // PILOT_CHECKPOINTS
                     ),
                 }
-                folder = plan.workdir / runner.PILOT / arm / f"rate_{rate:g}" / f"seed_{seed}"
+                folder = _folder(plan, arm, rate, seed)
+                if not plan.study.arm(arm).begins_anew:
+                    changes["training.initial_checkpoint"] = os.path.abspath(folder / "start")
                 found.append((arm, rate, seed, declaration.changed(config, changes), folder))
     return found
+
+
+def _folder(plan, arm, rate, seed):
+    return plan.workdir / runner.PILOT / arm / f"rate_{rate:g}" / f"seed_{seed}"
 
 
 def rates(study, arm, config) -> list[float]:
@@ -85,21 +92,20 @@ def rates(study, arm, config) -> list[float]:
 def run_pilot(plan, *, devices=None, announce=print) -> Protocol | int:
     """Makes the pilot's runs that are missing; the Protocol, or the signal that stopped it.
 
+    Arm by arm: one that starts from another starts from its run of the same seed at its best rate,
+    as the runs of the verdict will.
+
     Raises:
-      ValueError: a pilot run was made with another configuration; or a study whose arms start from
-        others, which has no pilot.
+      ValueError: a pilot run was made with another configuration.
     """
-    if any(arm.starts_from for arm in plan.study.arms):
-        raise ValueError(
-            f"study {plan.study.name}: arms that start from others have no pilot; "
-            "pilot the arms that they start from"
-        )
-    wanted = pilot_runs(plan)
+    wanted = sorted(pilot_runs(plan), key=lambda run: list(plan.configs).index(run[0]))
     for _, _, _, config, path in wanted:
         runner.check_unchanged(path, config)
     runner.write_marker(plan)
+    finals = {}
     for number, (arm, rate, seed, config, path) in enumerate(wanted, start=1):
         if _is_done(path, config):
+            _note(finals, plan, arm, rate, seed, path)
             continue
         announce(
             f"\n{plan.study.name}, pilot: {arm}, learning rate {rate:g}, seed {seed} "
@@ -109,21 +115,41 @@ def run_pilot(plan, *, devices=None, announce=print) -> Protocol | int:
             if not mine:
                 announce(f"{path}: another process is at it")
                 continue
+            declared = plan.study.arm(arm)
+            runner.make_start(declared, _source(plan, declared, seed, finals), path, config)
             stopped = runner.make_run(
                 plan.workdir, path, config, devices=devices, announce=announce
             )
         if stopped is not None:
             return stopped
+        _note(finals, plan, arm, rate, seed, path)
     finals = {}
-    metric = plan.study.primary.metric
     for arm, rate, seed, config, path in wanted:
         if not _is_done(path, config):
             raise ValueError(f"{path} is not finished yet: run this again for the protocol")
-        run = results.read_run(path, arm, seed)
-        finals.setdefault(arm, {}).setdefault(rate, []).append(
-            None if run.problem else run.final(metric)
-        )
+        _note(finals, plan, arm, rate, seed, path)
     return decide(plan, finals)
+
+
+def _note(finals, plan, arm, rate, seed, path):
+    """Adds a finished run to arm → rate → seed → final metric, None where it diverged."""
+    run = results.read_run(path, arm, seed)
+    final = None if run.problem else run.final(plan.study.primary.metric)
+    finals.setdefault(arm, {}).setdefault(rate, []).append(final)
+
+
+def _source(plan, arm, seed, finals):
+    """Workdir of the pilot's run that an arm starts from; None if it starts from no arm."""
+    if arm.starts_from is None:
+        return None
+    config, by_rate = plan.configs[arm.starts_from], finals.get(arm.starts_from, {})
+    tried, seeds = rates(plan.study, arm.starts_from, config), plan.study.pilot_seeds
+    if len(by_rate) < len(tried) or any(len(values) < len(seeds) for values in by_rate.values()):
+        raise ValueError(
+            f"study {plan.study.name}, pilot: arm {arm.name} starts from {arm.starts_from}, whose "
+            "runs are not all finished yet: run this again"
+        )
+    return _folder(plan, arm.starts_from, best_rate(plan.study, arm.starts_from, by_rate), seed)
 
 
 def _is_done(path, config):
@@ -144,10 +170,7 @@ def decide(plan, finals) -> Protocol:
     study, outcome, notes = plan.study, plan.study.primary, []
     learning_rates = {}
     for arm, by_rate in finals.items():
-        usable = {rate: values for rate, values in by_rate.items() if None not in values}
-        if not usable:
-            raise ValueError(f"study {study.name}, pilot: arm {arm} diverged at every rate")
-        best = min(usable, key=lambda rate: sum(usable[rate]))
+        best = best_rate(study, arm, by_rate)
         learning_rates[arm] = best
         if len(by_rate) > 1 and best in (min(by_rate), max(by_rate)):
             notes.append(f"{arm}: the best rate, {best:g}, is at the edge of the sweep")
@@ -177,6 +200,18 @@ def decide(plan, finals) -> Protocol:
     )
 
 
+def best_rate(study, arm, by_rate) -> float:
+    """The rate with the least mean of a rate → final metrics; one at which a run diverged is none.
+
+    Raises:
+      ValueError: there is no rate at which every run finished.
+    """
+    usable = {rate: values for rate, values in by_rate.items() if None not in values}
+    if not usable:
+        raise ValueError(f"study {study.name}, pilot: arm {arm} diverged at every rate")
+    return min(usable, key=lambda rate: sum(usable[rate]))
+
+
 def _differences(study, finals):
     """Groups of differences between the primary outcome's arms, one per multiple of the rate."""
     one, two = finals[study.primary.arm], finals[study.primary.against]
@@ -204,6 +239,20 @@ def write(path, protocol):
     """Writes a Protocol as JSON, whole or not at all."""
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     runner.write_json(pathlib.Path(path), dataclasses.asdict(protocol))
+
+
+def find(workdir, study, scale, *, path=None, data=None) -> tuple[Protocol | None, list[str]]:
+    """(the Protocol that a workdir's runs follow, notes on it); (None, []) where there is none.
+
+    Args:
+      path: of the protocol; default WORKDIR/protocol.json if it is there.
+      data: directory of prepared data instead of the base's, or None.
+    """
+    path = pathlib.Path(path or pathlib.Path(workdir) / FILE)
+    if path == pathlib.Path(workdir) / FILE and not path.is_file():
+        return None, []
+    changes = None if data is None else runner.data_changes(data)
+    return read(path, study, scale, data=changes)
 
 
 def read(path, study, scale, *, data=None) -> tuple[Protocol, list[str]]:

@@ -40,6 +40,7 @@ class Run:
       config: its Config.
       curves: metric → Curve, of METRICS, domains' losses and HEALTH.
       tokens_per_second: median over its steps.
+      step_seconds: float64 [steps], of each step; of those that were not logged the median.
       load: [MoE layers, experts] at the last checkpoint, shares of the choices; None if dense.
       problem: how it diverged, in one line; None if it finished.
     """
@@ -50,6 +51,7 @@ class Run:
     config: object
     curves: dict[str, Curve]
     tokens_per_second: float
+    step_seconds: np.ndarray
     load: np.ndarray | None
     problem: str | None = None
 
@@ -80,18 +82,22 @@ def read_run(path, arm, seed) -> Run:
     """
     path = pathlib.Path(path)
     config, _ = runs.read_config(path)
-    points, rates, load = {}, [], None
+    points, rates, load, last = {}, {}, None, 0
     for record in metrics.read(path):
         for name, value in record.items():
             if name in HEALTH or name in declaration.METRICS or declaration.domain_of(name):
                 points.setdefault(name, []).append((record["step"], value))
         if "perf/tokens_per_second" in record:
-            rates.append(record["perf/tokens_per_second"])
+            rates[record["step"]] = record["perf/tokens_per_second"]
         load = record.get("router/load", load)
+        last = record["step"]
     curves = {}
     for name, pairs in points.items():
         steps, values = np.asarray(pairs, np.float64).T
         curves[name] = Curve(tokens=steps * config.tokens_per_step, values=values)
+    seconds = np.full(last, config.tokens_per_step / np.median(list(rates.values())))
+    for step, rate in rates.items():
+        seconds[step : step + 1] = config.tokens_per_step / rate
     marker = path / DIVERGED
     return Run(
         arm=arm,
@@ -99,7 +105,8 @@ def read_run(path, arm, seed) -> Run:
         path=path,
         config=config,
         curves=curves,
-        tokens_per_second=float(np.median(rates)),
+        tokens_per_second=float(np.median(list(rates.values()))),
+        step_seconds=seconds,
         load=None if load is None else np.asarray(load, np.float64),
         problem=json.loads(marker.read_text())["problem"] if marker.is_file() else None,
     )

@@ -55,7 +55,7 @@ class Plan:
     def config(self, arm, seed):
         """The Config of one run."""
         config = declaration.changed(self.configs[arm], {"training.seed": seed})
-        if self.study.arm(arm).starts_from is None:
+        if self.study.arm(arm).begins_anew:
             return config
         start = os.path.abspath(self.path(arm, seed) / "start")
         return declaration.changed(config, {"training.initial_checkpoint": start})
@@ -157,7 +157,12 @@ def check_unchanged(path, config):
 
 
 def _identity(plan):
-    return {"study": plan.study.name, "scale": plan.scale, "data": plan.data.get("data.path")}
+    return {
+        "study": plan.study.name,
+        "scale": plan.scale,
+        "data": plan.data.get("data.path"),
+        "variant": plan.study.variant or None,
+    }
 
 
 def describe(plan) -> str:
@@ -298,21 +303,32 @@ def claim(path):
 def _prepare_start(plan, name, seed, config):
     """Makes the model directory that an arm starts from, if it starts from another arm."""
     arm = plan.study.arm(name)
-    if arm.starts_from is None:
+    source = None
+    if arm.starts_from is not None:
+        source = plan.path(arm.starts_from, seed)
+        if runs.finished_record(source, plan.config(arm.starts_from, seed)) is None:
+            raise ValueError(
+                f"arm {name} starts from {source}, which is not finished: "
+                f"run --arm={arm.starts_from} --seed={seed} first"
+            )
+    make_start(arm, source, plan.path(name, seed), config)
+
+
+def make_start(arm, source, path, config):
+    """Makes PATH/start, the model directory that the run in `path` starts from, unless it is there.
+
+    Args:
+      arm: its declaration.Arm; one that begins anew needs none.
+      source: workdir of the finished run that it starts from; None where `arm.start` says it.
+    """
+    target = path / "start"
+    if arm.begins_anew or target.exists() or jax.process_index():
         return
-    source, target = plan.path(arm.starts_from, seed), plan.path(name, seed) / "start"
-    if runs.finished_record(source, plan.config(arm.starts_from, seed)) is None:
-        raise ValueError(
-            f"arm {name} starts from {source}, which is not finished: "
-            f"run --arm={arm.starts_from} --seed={seed} first"
-        )
-    if target.exists() or jax.process_index():
-        return
-    newest = checkpoints.list_checkpoints(source)[-1][1]
+    newest = arm.start if source is None else checkpoints.list_checkpoints(source)[-1][1]
     if arm.convert is None:
         target.symlink_to(os.path.relpath(newest, target.parent), target_is_directory=True)
         return
-    partial = target.with_name("start.partial")
+    partial = target.with_name("start_unfinished")
     shutil.rmtree(partial, ignore_errors=True)
     arm.convert(newest, partial, config)
     os.replace(partial, target)

@@ -70,6 +70,7 @@ def judge(outcome, runs, *, bigram_loss=None) -> Finding:
         else:
             effects[seed] = effect
     interval = statistics.t_interval(list(effects.values())) if effects else None
+    bounds = [seed for seed in effects if _is_bound(outcome, runs, seed)]
     agreement, needed = _decide(outcome, interval, missing)
     weak = []
     if bigram_loss is not None and outcome.paper:
@@ -84,7 +85,12 @@ def judge(outcome, runs, *, bigram_loss=None) -> Finding:
         missing=missing,
         seeds_needed=needed,
         agreement=agreement,
-        words=_words(outcome, effects, interval, missing, agreement, needed, weak, bigram_loss),
+        words=" ".join(
+            [
+                *_found_words(outcome, effects, interval, missing, bounds),
+                _verdict_words(outcome, interval, missing, agreement, needed, weak, bigram_loss),
+            ]
+        ),
     )
 
 
@@ -103,6 +109,15 @@ def _effect(outcome, run, other):
     if tokens is None:
         return None
     return math.log(tokens / total_tokens(other) * price(run, outcome) / price(other, outcome))
+
+
+def _is_bound(outcome, runs, seed):
+    """Whether a cost is only known to be at most that of the first validation behind step 0."""
+    if outcome.measure == "final":
+        return False
+    curve = runs[outcome.arm, seed].curve(outcome.metric)
+    first = curve.values[curve.tokens > 0][0]
+    return bool(first <= runs[outcome.against, seed].final(outcome.metric))
 
 
 def total_tokens(run) -> int:
@@ -146,14 +161,21 @@ def _decide(outcome, interval, missing):
     return (right if found == outcome.expected else wrong), None
 
 
-def _words(outcome, effects, interval, missing, agreement, needed, weak, bigram_loss):
-    parts = []
-    if interval is not None:
-        parts.append(_effect_words(outcome, effects, interval))
+def _found_words(outcome, effects, interval, missing, bounds):
+    """The sentences on what was measured."""
+    parts = [] if interval is None else [_effect_words(outcome, effects, interval)]
+    if bounds:
+        listed = ", ".join(str(seed) for seed in bounds)
+        parts.append(f"Reached by the first validation, so at most that, with seed {listed}.")
     if missing:
         listed = "; ".join(f"seed {seed}: {why}" for seed, why in missing.items())
         count = f"{len(missing)} of {len(missing) + len(effects)} seeds"
         parts.append(f"No value in {count} ({listed}); nothing is extrapolated.")
+    return parts
+
+
+def _verdict_words(outcome, interval, missing, agreement, needed, weak, bigram_loss):
+    """The sentence on what follows."""
     verdict = agreement[0].upper() + agreement[1:]
     if weak:
         verdict += f": {' and '.join(weak)} not below a bigram model ({bigram_loss:.4f})"
@@ -165,7 +187,7 @@ def _words(outcome, effects, interval, missing, agreement, needed, weak, bigram_
             verdict += f": there is a difference, but it may be below {least}"
         else:
             verdict += f": it would take {enough} to tell {size} from none"
-    return " ".join([*parts, f"{verdict}{_paper(outcome)}."])
+    return f"{verdict}{_paper(outcome)}."
 
 
 def _paper(outcome):

@@ -17,7 +17,7 @@ SMOOTHING = 25  # records of the training loss that the strong line averages
 
 _DOMAIN = re.compile(r"validation/(.+)/loss")
 _LAYER = re.compile(r"router/layer_(\d+)/max_load")
-_STYLE = {
+STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -40,7 +40,7 @@ def draw_run(workdir, path, *, unigram_loss=None):
       FileNotFoundError: the workdir has no metrics.jsonl.
     """
     curves, load = _collect(workdir)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         wide = load is not None
         drawing = figure.Figure(figsize=(13 if wide else 7, 5.6), dpi=130, layout="constrained")
         backend_agg.FigureCanvasAgg(drawing)

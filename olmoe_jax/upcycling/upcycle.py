@@ -106,7 +106,7 @@ def upcycle(input, output, recipe, *, optimizer_state=RESET, announce=print) -> 
     if output.is_relative_to(os.path.abspath(dense.path)):
         raise ValueError(f"{output}: lies in the input {dense.path}; name another --output")
     model = recipe_lib.moe_config(dense.config.model, recipe, str(dense.path))
-    position = _position(dense.path, dense.config)
+    position = position_of(dense.path, dense.config)
     config = _config(dense.config, model, position)
     arrays = dense if state is None else state.trees[states.PARAMS]
     source = weights.Upcycled(arrays, model, recipe)
@@ -240,8 +240,8 @@ def _content(path):
     return json.loads((epath.Path(path) / reading.CONFIG).read_text())
 
 
-def _position(path, config):
-    """Position of the checkpoint at `path`; None if it was not trained here."""
+def position_of(path, config) -> Position | None:
+    """Position of the checkpoint at `path`, of Config `config`; None if it was not trained here."""
     path = epath.Path(path)
     if not (path / manifest.FOLDER).is_dir() or not (path / reading.CONFIG).exists():
         return None

@@ -96,6 +96,7 @@ from olmoe_jax import config, studies
 BASE = config.from_saved(json.loads({base!r}))
 STUDY = studies.Study(
     name="mine", question="Does a larger eps hurt?", base={{"smoke": BASE}}, seeds=(1, 2),
+    pilot_seeds=(7, 8), learning_rate_factors=(2.0,),
     arms=(studies.Arm(name="small"), studies.Arm(name="large", changes={{"optimizer.eps": 1e-2}})),
     outcomes=(studies.Outcome(arm="large", against="small", expected="higher", paper="it does"),),
 )
@@ -124,6 +125,14 @@ def test_a_strangers_study_is_run_as_jobs_and_judged(tmp_path):
     study.write_text(STUDY.format(base=json.dumps(dataclasses.asdict(base))))
     workdir = tmp_path / "run"
     flags = [f"--study={study}", f"--workdir={workdir}", "--scale=smoke"]
+    pilot = [f"--study={study}", f"--workdir={tmp_path}/pilot", "--scale=smoke"]
+    status, out, error = run(*pilot, "--pilot")
+    assert status == 0 and "commit it before the runs that decide" in out, error
+    protocol = json.loads((tmp_path / "pilot/protocol.json").read_text())
+    rates = {"small": 8e-4, "large": 8e-4}
+    assert protocol["learning_rates"] == rates and len(protocol["seeds"]) >= 3
+    status, out, error = run(*pilot, "--dry_run")
+    assert status == 0 and f"seeds {protocol['seeds']}" in out, error
     status, out, error = run(*flags, "--arm=small")
     assert status == 0 and "2 runs are not done yet: large 1, large 2" in out, error
     status, out, error = run(*flags, f"--json={tmp_path}/out.json")

@@ -135,6 +135,13 @@ def test_a_loss_that_is_not_reached_is_not_extrapolated(tmp_path):
     assert finding.agreement == verdict.UNDECIDED and "nothing is extrapolated" in finding.words
 
 
+def test_a_loss_reached_by_the_first_validation_is_an_upper_bound_and_said_to_be(tmp_path):
+    curves = {"new": [[6, 3.9, 3.0], [6, 5.0, 3.9]], "old": [[6, 5.0, 4.0], [6, 5.0, 4.0]]}
+    finding = verdict.judge(synthetic.outcome(measure="tokens"), _runs(tmp_path, curves))
+    assert math.exp(finding.effects[1]) == pytest.approx(0.5)
+    assert "by the first validation, so at most that, with seed 1." in finding.words
+
+
 def test_a_diverged_run_decides_nothing_and_is_named(tmp_path):
     runs = _ending(tmp_path, new=[4.1, 4.2, 4.3], old=[4.0, 4.0, 4.0])
     runs["new", 2] = dataclasses.replace(runs["new", 2], problem="step 7: loss nan")

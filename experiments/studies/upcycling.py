@@ -1,0 +1,127 @@
+"""Sparse upcycling against training from scratch: the same Mixture of Experts, two beginnings.
+
+Command: `python -m experiments.compare_upcycling --workdir=DIR --scale=laptop`, which also finds
+  where the curves cross. `python -m experiments.run_study --study=upcycling --workdir=DIR --pilot`
+  writes a protocol that it follows; without `--pilot` that command makes the same runs.
+Paper: section 4.1.5 and figure 8 of arXiv 2409.02060: OLMo-1B after 2 T tokens, its FFN copied into
+  8 experts of 8192, top-2, raw softmax weights. From scratch the MoE catches up after 500 B tokens,
+  25 % of the dense budget, and is ahead from 600 B on; at 610 B: C4 2.615 against 2.620.
+
+Each seed has its own dense model, which reads the first windows of the seed's order; both MoE runs
+read those behind, so no window twice while an epoch lasts. All rates are constant after warm-up,
+and the same: at every step the curves then compare models of equal training, whereas with a decay
+the crossing would move with the length of the runs. (The schedule of the paper's pair is not
+published.) A dense model half as long as the MoE runs lets a crossing at up to twice the dense
+budget be seen.
+"""
+
+import dataclasses
+
+from olmoe_jax import config as config_lib
+from olmoe_jax import presets, studies
+from olmoe_jax.studies import scales
+from olmoe_jax.upcycling import recipe as recipe_lib
+from olmoe_jax.upcycling import upcycle
+
+UPCYCLED, SCRATCH, DENSE = "upcycled", "scratch", "dense"
+_PAPER_DENSE_STEPS = 954_000  # of 512 × 4096 tokens: 2.0 T
+_LONG = 1e11  # tokens from which the dense model gets the paper's budget
+
+
+def _base(base):
+    """The dense model's Config of a study's base: an FFN as wide as the experts of a token."""
+    wide = base.model.d_ff * base.model.num_experts_per_token
+    model = dataclasses.replace(base.model, d_ff=wide, num_experts=0, num_experts_per_token=0)
+    return dataclasses.replace(
+        base, model=model, optimizer=dataclasses.replace(base.optimizer, schedule="constant")
+    )
+
+
+# 610 B tokens of 512 × 4096, no QK-norm, normal initialisation; the code that trained it divides
+# the router z-loss by the number of chosen experts.
+_PAPER = config_lib.Config(
+    model=presets.get("olmo-1b-0724", dtype="bfloat16", remat=True),
+    data=config_lib.DataConfig(sequence_length=4096, validation_windows=1024),
+    losses=config_lib.LossesConfig(
+        load_balancing_group=4, router_z_weight=0.001 / 2, count_masked=True
+    ),
+    optimizer=dataclasses.replace(scales.BASES["paper"].optimizer, schedule="constant"),
+    training=config_lib.TrainingConfig(num_steps=290_871, batch_size=512),
+    checkpoint=config_lib.CheckpointConfig(interval=2500, dtype="bfloat16"),
+    mesh=scales.BASES["paper"].mesh,
+)
+BASES = {"smoke": _base(scales.BASES["smoke"]), "laptop": _base(scales.BASES["laptop"]),
+         "paper": _PAPER}  # fmt: skip
+
+
+def dense_steps(base) -> int:
+    """Updates of the dense model: half of the MoE runs'; of the paper's, as many as there."""
+    num_steps = base.training.num_steps
+    return _PAPER_DENSE_STEPS if num_steps * base.tokens_per_step > _LONG else num_steps // 2
+
+
+def declare(
+    *, num_experts=8, num_experts_per_token=2, method=recipe_lib.REFERENCE, dense=None,
+    start_step=0, base=None, variant="",
+) -> studies.Study:  # fmt: skip
+    """The study, with an upcycling of one's own or a dense model that is there already.
+
+    Args:
+      num_experts, num_experts_per_token, method: of `upcycling.recipe.Recipe`.
+      dense: model directory of the dense model; None: it is an arm, trained for each seed.
+      start_step: with `dense`, `data.start_step` of both MoE runs.
+      base: scale → Config of the dense model, instead of BASES.
+      variant: of the Study, beside method and `dense`.
+    Raises:
+      ValueError: the recipe is not valid, or does not fit the dense model of a scale.
+    """
+    base = BASES if base is None else base
+
+    def recipe(seed=0):
+        return recipe_lib.Recipe(
+            num_experts=num_experts, num_experts_per_token=num_experts_per_token, method=method,
+            seed=seed,
+        )  # fmt: skip
+
+    for config in base.values():
+        recipe_lib.moe_config(config.model, recipe(), str(dense or "the dense model"))
+
+    def convert(source, target, config):
+        upcycle.upcycle(source, target, recipe(config.training.seed))
+
+    experts = {
+        "model.num_experts": num_experts,
+        "model.num_experts_per_token": num_experts_per_token,
+        "model.normalize_expert_weights": method == recipe_lib.NORMALIZED,
+        "data.start_step": dense_steps if dense is None else start_step,
+    }
+    arms = [
+        studies.Arm(
+            name=UPCYCLED, changes=experts, start=None if dense is None else str(dense),
+            starts_from=DENSE if dense is None else None, convert=convert,
+        ),
+        studies.Arm(name=SCRATCH, changes=experts),
+    ]  # fmt: skip
+    if dense is None:
+        changes = {
+            "losses.load_balancing_weight": 0.0,
+            "losses.router_z_weight": 0.0,
+            "training.num_steps": dense_steps,
+        }
+        arms.insert(0, studies.Arm(name=DENSE, changes=changes))
+    outcome = studies.Outcome(
+        arm=UPCYCLED, against=SCRATCH, expected="higher", smallest_effect=0.02,
+        paper="2.620 against 2.615 on C4 after 610 B tokens, 30 % of the dense budget",
+    )  # fmt: skip
+    words = [f"method={method}"] + ([] if dense is None else [f"dense={dense}"])
+    return studies.Study(
+        name="upcycling",
+        question="Is a Mixture of Experts better started from a dense model or from nothing?",
+        base=base,
+        arms=tuple(arms),
+        outcomes=(outcome,),
+        variant=", ".join([*words, variant] if variant else words),
+    )
+
+
+STUDY = declare()
