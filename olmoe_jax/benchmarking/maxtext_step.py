@@ -2,8 +2,8 @@
 
 Both start from the same weights and take the same batches: forward with the load-balancing loss
 (taken per sequence, as MaxText does), backward, clipping and AdamW, with parameters and moments in
---dtype. QK-norm is over each head, as in the block that MaxText has (Qwen3-MoE). If the first
-losses do not agree there is no ratio and the run fails.
+--dtype. As in the block that MaxText has (Qwen3-MoE), QK-norm is over each head and the weights of
+a token's experts sum to 1. If the first losses do not agree there is no ratio and the run fails.
 
 MaxText computes dropless experts in two ways that run without a TPU: "ragged", its own choice, and
 "dense", every expert for every token. Each makes a first step, with our allocator settings; the
@@ -40,7 +40,11 @@ OPTIMIZER_FIELDS = ("learning_rate", "beta1", "beta2", "eps", "weight_decay")
 def config(*, dtype="float32", expert_backend="auto", **changes):
     """The Config of work A with the block and the load-balancing loss that MaxText has."""
     run_config = work.config(
-        dtype=dtype, expert_backend=expert_backend, qk_norm_per_head=True, **changes
+        dtype=dtype,
+        expert_backend=expert_backend,
+        qk_norm_per_head=True,
+        normalize_expert_weights=True,
+        **changes,
     )
     losses = dataclasses.replace(
         run_config.losses, load_balancing_convention="olmoe", load_balancing_group=1

@@ -95,7 +95,6 @@ def open(folder, model, dtype, batch_size, balance_weight, clip_norm, optimizer)
         "num_experts_per_tok": model["num_experts_per_token"],
         "mlp_activations": "[silu,linear]",
         "use_qk_norm": True,
-        "norm_topk_prob": False,
         "rope_max_timescale": int(model["rope_theta"]),
         "normalization_layer_epsilon": model["norm_eps"],
         "logits_via_embedding": False,
