@@ -274,6 +274,13 @@ def siblings(weights: Iterable[Mapping], *, layers) -> tuple[Siblings, ...]:
     return tuple(found)
 
 
+def siblings_to_json(found):
+    """expert_siblings.json."""
+    return {
+        one.layer: {"matrix": one.matrix, "mean": one.mean, "closest": one.closest} for one in found
+    }
+
+
 def to_json(result):
     """expert_matching.json."""
     names = ("match", "similarity", "mean", "chance", "same_index", "moved", "overlap",

@@ -48,6 +48,9 @@ its 95 % interval over documents, null where documents are not known. NaN is nul
     layers: {layer: {match: [expert of two, for each of one], similarity: [of each pair],
       mean: EST, chance, same_index: mean of pairs of equal index, moved: share of experts whose
       match has another index; overlap: EST, overlap_same_index (by routing)}}
+  expert_siblings.json
+    {layer: {matrix: [experts][experts], cosines of the weights of one model's experts; mean,
+      closest: over pairs of different experts}}
   model_comparison.json
     models: [names], metrics: {name: {unit, models: {model: {depth: [0..1], value: [], low, high}},
       differences: {"b − a": {depth, value, low, high}}}}

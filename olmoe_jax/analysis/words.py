@@ -6,6 +6,7 @@ import numpy as np
 from olmoe_jax.analysis import resampling, vocabulary
 
 _CLEAR = 2.0  # times chance from which an overlap or a favourite is worth a sentence
+_WEAK = 0.02  # share of the largest information below which experts depend on domains weakly
 
 
 def specialised(result) -> tuple[str, ...]:
@@ -32,9 +33,10 @@ def specialised(result) -> tuple[str, ...]:
             "much between domains.",
         )
     best = int(np.argmax(info.corrected.value))
+    weakly = " only weakly" if info.corrected.value[best] < _WEAK * info.most else ""
     sentence = (
-        f"Experts depend on the domain, most in layer {result.layers[best]}: a choice tells "
-        f"{info.corrected.value[best]:.2g} of at most {info.most:.2g} bits of the domain"
+        f"Experts depend on the domain{weakly}, most in layer {result.layers[best]}: a choice "
+        f"tells {info.corrected.value[best]:.2g} of at most {info.most:.2g} bits of the domain"
     )
     if not permuted:
         out.append(f"{sentence} (documents are not known or too few to shuffle names).")
@@ -147,7 +149,7 @@ def worded(counts, found, *, min_count=vocabulary.MIN_COUNT, decode=None) -> tup
         if (low <= one.random).all() or above.max() < 0.02:
             out.append(f"By the {name} token the experts on average do no better than chance.")
         else:
-            best = int(np.argmax(above))
+            best = int(np.argmax(one.mean.value - one.random))
             out.append(
                 f"By the {name} token, most in layer {layers[best]}: a token goes to its favourite "
                 f"expert {_percent(one.mean.value[best])} of the time (chance: "
@@ -200,6 +202,19 @@ def matched(result) -> tuple[str, ...]:
         f"Matched one to one, the experts of {result.one} and {result.two} are alike by "
         f"{values.mean():.2g} on average (1: they {what}; chance {chance.mean():.2g}), most in "
         f"layer {result.layers[best].layer} ({values[best]:.2g}).",
+    )
+
+
+def diverged(found) -> tuple[str, ...]:
+    """Whether the copies of an upcycled model are still copies, from matching.siblings."""
+    means = np.array([one.mean for one in found])
+    least, most = int(np.argmin(means)), int(np.argmax(means))
+    if means.min() > 1 - 1e-3:
+        return ("The experts of each layer are still copies of one another (cosine 1).",)
+    return (
+        f"The experts of a layer have a mean cosine of {means.mean():.2g} among themselves: from "
+        f"{means[least]:.2g} in layer {found[least].layer} to {means[most]:.2g} in layer "
+        f"{found[most].layer}; copies start at 1, strangers at 0.",
     )
 
 
