@@ -14,7 +14,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PYTHONS = ("3.11", "3.12", "3.13")
 # Import name → distribution, where they differ by more than case and punctuation.
 DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint", "yaml": "PyYAML"}
-OPTIONAL = {"maxtext", "tokamax", "torch", "transformers"}  # peers and kernels, used where installed
+OPTIONAL = {"maxtext", "tokamax", "torch", "transformers"}  # peers and kernels, where installed
 BESIDE = {"serving"}  # what scripts of benchmarking/peers import from their own folder
 
 
