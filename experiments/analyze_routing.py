@@ -1,0 +1,156 @@
+"""What a router does: records any model on any text, runs the analyses, says what they come to.
+
+    python -m experiments.analyze_routing --model=runs/demo --data=runs/demo/data --output=routing
+    python -m experiments.analyze_routing --model=OLMoE-1B-7B --data='text/*.txt' --output=routing
+    python -m experiments.analyze_routing --routing_dump=routing_output --output=routing
+
+--model: directories of any kind that `olmoe_jax.load` takes, comma-separated; of a run, or of a
+folder of revisions, all checkpoints. --data: a prepared data set, or text files, one domain each. A
+model that does not fit in memory is read layer by layer. What is recorded stays in
+OUTPUT/traces/MODEL/CHECKPOINT/DOMAIN and is not recorded again. OUTPUT/report.html shows what was
+found; its numbers are in JSON files, which `olmoe_jax/analysis/results.py` explains. A stopped run
+goes on with the same command.
+"""
+
+import os
+import pathlib
+
+from absl import flags
+
+from experiments import app
+
+_MODEL = flags.DEFINE_list("model", None, "Directories of models, comma-separated.")
+_DATA = flags.DEFINE_list("data", None, "A prepared data set, or files of text: globs.")
+_DUMP = flags.DEFINE_string("routing_dump", None, "Released dumps instead of --model and --data.")
+_OUTPUT = flags.DEFINE_string("output", None, "Directory for traces and results.", required=True)
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json; default: the model's.")
+_SPLIT = flags.DEFINE_string("split", "validation", "Of prepared data: validation or train.")
+_CONTEXT = flags.DEFINE_integer("context_length", None, "Tokens run together; default 2,048, or "
+                                "what the model has been trained on.")  # fmt: skip
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 204_800, "Of each domain, as the paper; 0: all.")
+_PRECISION = flags.DEFINE_enum(
+    "precision", "float32", ("float32", "bfloat16"),
+    "Of the router's product: bfloat16 is what a Hugging Face model in bfloat16 does.",
+)  # fmt: skip
+_KEEP = flags.DEFINE_bool(
+    "keep_traces", True, "Keep every token's experts; without them no saturation and no matching."
+)
+_TOTAL_STEPS = flags.DEFINE_integer(
+    "total_steps", None, "Of the whole training, if it went on behind the last checkpoint."
+)
+_COACTIVATION = flags.DEFINE_enum(
+    "coactivation", "paper", ("paper", "adjacent"), "adjacent: as in the paper's released script."
+)
+
+_FORMAT = flags.DEFINE_enum(
+    "output_format", "html", ("html", "none"), "html: also report.html; none: numbers only."
+)
+
+
+def main(argv):
+    """Flags → recordings → analyses → files and words."""
+    del argv
+    if (_DUMP.value is None) == (_MODEL.value is None):
+        raise ValueError("give --model with --data, or --routing_dump")
+    if (_MODEL.value is None) != (_DATA.value is None):
+        raise ValueError("--data says which text the --model is to read, --routing_dump needs none")
+    app.tune_allocator()
+    from olmoe_jax import reporting
+    from olmoe_jax.analysis import analyses, page, results
+
+    output = pathlib.Path(os.path.expanduser(_OUTPUT.value))
+    models, tokenizer = _read_dumps() if _DUMP.value is not None else _record(output)
+    decode = None if tokenizer is None else lambda token: tokenizer.decode([token])
+    found = {}
+    for name, recordings in models.items():
+        found[name] = analyses.find(
+            recordings, total_steps=_TOTAL_STEPS.value, decode=decode,
+            definition=_COACTIVATION.value,
+        )  # fmt: skip
+    last = {name: recordings[-1].traces for name, recordings in models.items()}
+    between = analyses.write_all(found, output, traces=last, decode=decode)
+    content = {
+        "models": {
+            name: {"sentences": one.sentences, "notes": one.notes} for name, one in found.items()
+        },
+        "between": between,
+    }
+    results.write(output / "summary.json", content)
+    for name, one in found.items():
+        print(f"\n{name}")
+        print("\n".join(f"  {line}" for line in one.sentences))
+        print("\n".join(f"  note: {line}" for line in one.notes))
+    print("\n".join(f"  {line}" for line in between))
+    if _FORMAT.value == "html":
+        reporting.write(output / page.PATH, page.build(found, between, decode=decode))
+        print(f"page: {output / page.PATH}")
+    print(f"numbers: {output}")
+    app.write_json(content)
+
+
+def _read_dumps():
+    from olmoe_jax.analysis import analyses, dumps
+    from olmoe_jax.data import tokenizer as tokenizer_lib
+
+    models = {
+        name: [analyses.Recording(dumps.read(folder, model=name), {})]
+        for name, folder in dumps.models(_DUMP.value).items()
+    }
+    tokenizer = None if _TOKENIZER.value is None else tokenizer_lib.load(_TOKENIZER.value)
+    return models, tokenizer
+
+
+def _record(output):
+    """({model: Recordings}, Tokenizer or None)."""
+    from olmoe_jax import loading
+    from olmoe_jax.analysis import analyses, counts, recording, suites
+
+    found = {}
+    for directory in _MODEL.value:
+        every = suites.checkpoints_of(directory)
+        if every[0].model in found:
+            raise ValueError(f"--model: two of the name {every[0].model}: rename one directory")
+        found[every[0].model] = every
+    models, first = {}, None
+    for name, every in found.items():
+        tokenizer, texts = _texts(every[-1].path, loading)
+        first = first or tokenizer
+        models[name] = []
+        for checkpoint in every:
+            print(f"recording {name} {checkpoint.name}".rstrip(), flush=True)
+            folder = output / "traces" / name / (checkpoint.name or "model")
+            recorded = list(
+                recording.record(
+                    checkpoint, texts, folder if _KEEP.value else None, accumulate=counts.Counter,
+                    precision=_PRECISION.value, announce=lambda line: print(line, flush=True),
+                )
+            )  # fmt: skip
+            parts = {one.info.domain: one.accumulated.result() for one in recorded}
+            traces = {one.info.domain: one.trace for one in recorded if one.trace is not None}
+            models[name].append(analyses.Recording(parts, traces))
+    return models, first
+
+
+def _texts(model, loading):
+    """(Tokenizer or None, Texts) for one model."""
+    from olmoe_jax.analysis import texts
+    from olmoe_jax.data import tokenizer as tokenizer_lib
+    from olmoe_jax.porting import sources
+
+    longest = sources.open_source(model).config.model.max_length
+    limits = {
+        "context_length": _CONTEXT.value or min(texts.CONTEXT_LENGTH, longest),
+        "max_tokens": _MAX_TOKENS.value or None,
+    }
+    own = loading.find_tokenizer(model)
+    tokenizer = own if _TOKENIZER.value is None else tokenizer_lib.load(_TOKENIZER.value)
+    if len(_DATA.value) == 1 and os.path.isdir(os.path.expanduser(_DATA.value[0])):
+        found = texts.from_prepared(_DATA.value[0], split=_SPLIT.value, **limits)
+        return tokenizer or found[0].tokenizer, found
+    if tokenizer is None:
+        raise ValueError(f"{model} has no tokenizer: name its tokenizer.json with --tokenizer")
+    return tokenizer, texts.from_files(_DATA.value, tokenizer, **limits)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_with_json=True)
