@@ -88,7 +88,8 @@ def record(
     if streamed is None:
         streamed = _too_large(job)
     sinks = [
-        sinks_lib.Sink(text, _info(text, config, checkpoint), output, accumulate) for text in texts
+        sinks_lib.Sink(text, _info(text, config, checkpoint), output, accumulate, job.identity())
+        for text in texts
     ]
     if scratch_folder is None and output is not None:
         scratch_folder = f"{os.path.expanduser(output).rstrip('/')}.scratch"

@@ -44,6 +44,7 @@ class Sink:
       text: texts.Text.
       info: TraceInfo of it.
       output, accumulate: as of `recording.record`.
+      job: JSON values: what the results depend on beside text and info.
 
     Attributes:
       tokens: added since it was opened.
@@ -52,8 +53,8 @@ class Sink:
       ValueError: the trace's folder holds another trace.
     """
 
-    def __init__(self, text, info, output, accumulate):
-        self.text, self.info, self._accumulate = text, info, accumulate
+    def __init__(self, text, info, output, accumulate, job):
+        self.text, self.info, self._accumulate, self._job = text, info, accumulate, job
         self._path = None if output is None else trace_folder(output, text.domain)
         self._writer, self._whole, self._accumulator = None, None, None
         self.tokens, self._near_ties = 0, np.zeros(len(info.layers), np.int64)
@@ -80,7 +81,7 @@ class Sink:
         if self._path is None:
             self._accumulator = self._accumulate(self.info)
             return 0
-        self._writer = trace_files.TraceWriter(self._path, self.info)
+        self._writer = trace_files.TraceWriter(self._path, self.info, self._job)
         if self._writer.tokens == self.info.num_tokens:
             return self.text.num_windows
         return self._writer.tokens // self.text.context_length

@@ -67,6 +67,8 @@ class TraceWriter:
     Args:
       path: of the directory, on a local disk.
       info: TraceInfo; its near_ties are ignored, and counted instead.
+      job: JSON values: what else decides the contents, and must be equal for an interrupted trace
+        to go on.
 
     Attributes:
       tokens: that are in whole chunks already; `add` continues behind them.
@@ -76,9 +78,9 @@ class TraceWriter:
       ValueError: `{path}.partial` is of another trace, or another process writes it.
     """
 
-    def __init__(self, path, info):
+    def __init__(self, path, info, job=None):
         self._info = dataclasses.replace(info, near_ties=())
-        self._partial = partial.Partial(path, dataclasses.asdict(self._info))
+        self._partial = partial.Partial(path, {**dataclasses.asdict(self._info), "job": job})
         try:
             sound = self._partial.sound(lambda name, _: _bytes(self._partial.folder / name))
             self._chunks = []

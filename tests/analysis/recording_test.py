@@ -321,24 +321,68 @@ def test_resident_goes_on_where_it_was_killed(model, tmp_path, monkeypatch, call
         _same(models.whole(a.trace), models.whole(b.trace))
 
 
-def test_activations_of_other_weights_are_not_taken_up(model, tmp_path, monkeypatch):
+def _change_a_weight(folder):
+    file = next(folder.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-4:] = np.float32(7).tobytes()
+    file.write_bytes(data)
+
+
+def test_what_other_weights_left_is_not_taken_up(model, tmp_path, monkeypatch):
+    model = shutil.copytree(model, tmp_path / "tiny")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         _kill_after(patch, 13)
         _record(model, _texts(), tmp_path / "out", streamed=True)
-    copy = shutil.copytree(model, tmp_path / "tiny")
-    file = next(copy.glob("*.safetensors"))
-    data = bytearray(file.read_bytes())
-    data[-4:] = np.float32(0.7).tobytes()
-    file.write_bytes(data)
-    with pytest.raises(ValueError, match="left by another job|holds another trace") as error:
-        changed = suites.one(copy)._replace(model="other")
-        _record(changed, _texts(), tmp_path / "out", streamed=True)
-    assert "other" in str(error.value)
+    _change_a_weight(model)
+    with pytest.raises(ValueError, match="left by another job: it had job="):
+        _record(model, _texts(), tmp_path / "out", streamed=True)
     shutil.rmtree(tmp_path / "out")
-    found = _record(copy, _texts(), tmp_path / "out", streamed=True)
-    expected = _record(copy, _texts(), tmp_path / "fresh", streamed=True)
+    count = _kill_after(monkeypatch, -1)
+    found = _record(model, _texts(), tmp_path / "out", streamed=True)
+    assert count[0] == 18
+    expected = _record(model, _texts(), tmp_path / "fresh", streamed=True)
     for a, b in zip(expected, found, strict=True):
         _same(models.whole(a.trace), models.whole(b.trace))
+
+
+def test_a_group_that_is_done_is_not_computed_again(model, tmp_path, monkeypatch):
+    options = {"streamed": True, "carried_tokens": 1}  # a batch per group
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        _kill_after(patch, 7)
+        _record(model, _texts(), tmp_path / "out", **options)
+    count = _kill_after(monkeypatch, -1)
+    found = _record(model, _texts(), tmp_path / "out", **options)
+    assert count[0] == 18 - 7  # two whole groups, and a layer of the third
+    for text, one in zip(_texts(), found, strict=True):
+        np.testing.assert_array_equal(models.whole(one.trace).input_ids, text.tokens)
+
+
+def test_only_products_are_rounded_to_the_compute_dtype(model):
+    c = dataclasses.replace(foreign.MODEL, dtype="bfloat16")
+    _, exact = olmoe_jax.load(model)
+    layer = layerwise.Weights(sources.open_source(model), c).layer(1)
+    stacked = exact["layers"]["block_0"]
+    for name, kind in (("router", "float32"), ("w_down", "bfloat16")):
+        assert layer["moe"][name].dtype == kind
+        np.testing.assert_array_equal(layer["moe"][name], stacked["moe"][name][1].astype(kind))
+    scale = layer["ffn_norm"]["scale"]
+    assert scale.dtype == "float32" and (scale == stacked["ffn_norm"]["scale"][1]).all()
+
+
+def test_padding_of_the_vocabulary_is_never_predicted_but_counts():
+    rng = np.random.default_rng(0)
+    c = dataclasses.replace(foreign.MODEL, norm="layernorm_nonparametric", vocab_size=5)
+    head, x = rng.normal(0, 1, (7, c.d_model)), rng.normal(0, 1, (2, 300, c.d_model))
+    targets = rng.integers(-1, 5, (2, 300)).astype(np.int32)
+    head, x = head.astype(np.float32), x.astype(np.float32)
+    predicted, losses = layerwise.apply_head({}, head, x, targets, config=c)
+    normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + c.norm_eps)
+    logits = normed @ head.T
+    assert (logits.argmax(-1) > 4).any()
+    np.testing.assert_array_equal(predicted, logits[..., :5].argmax(-1))
+    chosen = np.take_along_axis(logits, np.maximum(targets, 0)[..., None], -1)[..., 0]
+    expected = np.where(targets < 0, np.nan, np.log(np.exp(logits).sum(-1)) - chosen)
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
 
 def test_a_finished_trace_is_not_recorded_again(model, tmp_path, monkeypatch):
