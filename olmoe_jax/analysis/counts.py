@@ -161,8 +161,8 @@ class Counter:
     def _add_documents(self, documents):
         """Documents never fall, so a new one is one that differs from the token before."""
         changes = int((documents[1:] != documents[:-1]).sum())
-        self._documents += changes + (documents[0] != self._last)
-        self._last = documents[-1]
+        self._documents += changes + int(documents[0] != self._last)
+        self._last = int(documents[-1])
 
     def _add_loads(self, layer, ids, group):
         experts = self.info.num_experts

@@ -141,7 +141,7 @@ def test_pooled_domains_keep_their_documents_apart():
 @pytest.mark.parametrize("vocabulary", [True, False])
 def test_a_file_holds_all_of_it(tmp_path, vocabulary):
     source = synthetic.make_trace(checkpoint="step5", step=5, near_ties=(3, 1))
-    counts = counts_lib.count(source, vocabulary=vocabulary)
+    counts = counts_lib.count(source, size=101, vocabulary=vocabulary)
     counts_files.save(tmp_path / "counts.npz", counts)
     loaded = counts_files.load(tmp_path / "counts.npz")
     assert loaded.info == counts.info and loaded.path_layers == counts.path_layers
