@@ -1,4 +1,4 @@
-"""`experiments.compare_upcycling` as a person runs it, and the declaration that it makes runs of."""
+"""`experiments.compare_upcycling` as a person runs it, and the declaration of its runs."""
 
 import dataclasses
 import json
@@ -10,7 +10,6 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import compare_upcycling
 from experiments.studies import upcycling
 from olmoe_jax import studies
 from olmoe_jax.data import preparation
@@ -151,17 +150,17 @@ def test_a_workdir_of_other_runs_is_refused(compared):
 @pytest.mark.slow
 def test_a_dense_model_that_is_there_brings_its_data_and_its_budget(compared, prepared, tmp_path):
     workdir, _, _ = compared
-    dense = compare_upcycling.open_dense(workdir / "dense/seed_1", "smoke", None, None)
+    dense = upcycling.open_dense(workdir / "dense/seed_1", "smoke", None, None)
     assert (dense.start_step, dense.tokens) == (10, 10 * 8 * 32)
     assert dense.base.data.path == str(prepared / "data") and "order of seed 1" in dense.notes[0]
     with pytest.raises(ValueError, match="a Mixture of Experts .num_experts=4.; name a dense"):
-        compare_upcycling.open_dense(workdir / "scratch/seed_1", "smoke", None, None)
+        upcycling.open_dense(workdir / "scratch/seed_1", "smoke", None, None)
     with pytest.raises(ValueError, match="other: has another tokenizer than"):
-        compare_upcycling.open_dense(workdir / "dense/seed_1", "smoke", prepared / "other", None)
+        upcycling.open_dense(workdir / "dense/seed_1", "smoke", prepared / "other", None)
     with pytest.raises(ValueError, match="dense_tokens=7: .* says that it was trained on 2560"):
-        compare_upcycling.open_dense(workdir / "dense/seed_1", "smoke", None, 7)
+        upcycling.open_dense(workdir / "dense/seed_1", "smoke", None, 7)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        compare_upcycling.open_dense(tmp_path / "nowhere", "smoke", None, None)
+        upcycling.open_dense(tmp_path / "nowhere", "smoke", None, None)
     status, out, error = run(
         f"--workdir={tmp_path}/w", "--scale=smoke", "--seeds=1", "--num_experts=4",
         f"--dense_checkpoint={workdir}/dense/seed_1",
