@@ -7,11 +7,12 @@ PARALLEL ?= -n auto --maxprocesses=4 --dist=loadfile
 
 KERNEL := olmoe_jax/grouped_matmul/cpu_kernel
 
-.PHONY: help install demo test test-all lint
+.PHONY: help install demo compare test test-all lint
 
 help:
 	@echo "make install   virtual environment $(VENV) with requirements.txt; the CPU kernel where a C++ compiler is"
 	@echo "make demo      train the demo model and draw what it learnt (runs/demo)"
+	@echo "make compare   train a dense model, upcycle it, and the same from scratch; which leads, and how long (runs/compare)"
 	@echo "make test      all tests but the slow ones"
 	@echo "make test-all  all tests"
 	@echo "make lint      ruff"
@@ -20,6 +21,9 @@ install: $(VENV)/kernel
 
 demo: install
 	$(BIN)/python -m experiments.demo --config=experiments/configs/demo.py --workdir=runs/demo
+
+compare: install
+	$(BIN)/python -m experiments.compare_upcycling --workdir=runs/compare --seeds=1
 
 test: $(VENV)/installed-test $(VENV)/kernel
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"

@@ -23,7 +23,6 @@ Written to WORKDIR: compare.json (every number; `olmoe_jax/studies/upcycling_rep
 it), report.html (curves) and compare.png.
 """
 
-import dataclasses
 import os
 import pathlib
 
@@ -52,24 +51,6 @@ _METHOD = flags.DEFINE_enum(
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the runs, their costs and the time; stop.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Dense:
-    """A dense model that is there already.
-
-    Attributes:
-      base: its Config at the chosen scale: its architecture and, if it was trained here, its data
-        and batch size; schedule and length are the scale's.
-      start_step: `data.start_step` behind what it has seen.
-      tokens: that it was trained on; None: not known.
-      notes: lines that a reader should know.
-    """
-
-    base: object
-    start_step: int
-    tokens: int | None
-    notes: tuple[str, ...]
-
-
 def main(argv):
     """Flags → study → runs → report."""
     del argv
@@ -92,7 +73,10 @@ def main(argv):
     }
     dense, data = None, _DATA.value
     if _DENSE.value is not None:
-        dense, data = open_dense(_DENSE.value, _SCALE.value, data, _DENSE_TOKENS.value), None
+        dense, data = (
+            upcycling.open_dense(_DENSE.value, _SCALE.value, data, _DENSE_TOKENS.value),
+            None,
+        )
         options |= {
             "dense": os.path.abspath(os.path.expanduser(_DENSE.value)),
             "start_step": dense.start_step,
@@ -133,70 +117,6 @@ def main(argv):
         print(f"{what:9s}{workdir / name}")
     app.write_json(comparison.content)
     return 0
-
-
-def open_dense(directory, scale, data, tokens) -> Dense:
-    """The dense model in a directory, for runs at a scale.
-
-    Args:
-      data: prepared data to use instead of its own, or None.
-      tokens: that it was trained on, where it does not say so itself; or None.
-    Raises:
-      FileNotFoundError, ValueError: there is no model, it is a Mixture of Experts, or it does not
-        say on which data its runs can go on.
-    """
-    from olmoe_jax.data import pipeline
-    from olmoe_jax.porting import sources
-    from olmoe_jax.upcycling import upcycle
-
-    source = sources.open_source(directory)
-    if source.config.model.num_experts:
-        raise ValueError(
-            f"--dense_checkpoint={directory}: a Mixture of Experts "
-            f"(num_experts={source.config.model.num_experts}); name a dense model"
-        )
-    position, notes = upcycle.position_of(source.path, source.config), []
-    if position is not None and position.data_path is None and data is None:
-        position = None  # away from its run: the data are not to be found
-    own = position.data_path if position is not None else None
-    path = data or own
-    if path is None:
-        raise ValueError(
-            f"--dense_checkpoint={directory}: was not trained by a run whose data are known here: "
-            "name --data, prepared with its tokenizer (experiments.prepare_data --tokenizer)"
-        )
-    path = os.path.abspath(os.path.expanduser(path))
-    info = pipeline.open(path).info
-    base = upcycling.BASES[scale]
-    training, start_step = base.training, 0
-    if own is not None and path == os.path.abspath(own):
-        start_step = position.start_step
-        training = dataclasses.replace(training, batch_size=source.config.training.batch_size)
-        seed = source.config.training.seed
-        notes.append(
-            f"the dense model read its data in the order of seed {seed}; with another seed the MoE "
-            "runs read some of those windows again, which favours the upcycled one"
-        )
-    elif own is not None and info.tokenizer_sha256 != pipeline.open(own).info.tokenizer_sha256:
-        raise ValueError(
-            f"--data={path}: has another tokenizer than {own}, on which {directory} was trained; "
-            "prepare it with that (experiments.prepare_data --tokenizer)"
-        )
-    if position is not None and source.config.training.initial_checkpoint is None:
-        found = position.step * source.config.tokens_per_step
-        if tokens not in (None, found):
-            raise ValueError(
-                f"--dense_tokens={tokens}: {directory} says that it was trained on {found}"
-            )
-        tokens = found
-    model = dataclasses.replace(
-        source.config.model, dtype=base.model.dtype, remat=base.model.remat
-    )  # fmt: skip
-    config = dataclasses.replace(
-        base, model=model, training=training,
-        data=dataclasses.replace(base.data, path=path, sequence_length=info.sequence_length),
-    )  # fmt: skip
-    return Dense(base=config, start_step=start_step, tokens=tokens, notes=tuple(notes))
 
 
 if __name__ == "__main__":

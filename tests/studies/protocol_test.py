@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 
@@ -112,10 +113,47 @@ def test_rates_and_seeds_carry_over_to_other_data_and_that_is_said(written, prep
     assert plan.config("new", 3).optimizer.learning_rate == 0.008
 
 
-def test_arms_that_start_from_others_have_no_pilot(tmp_path):
+def test_an_arm_that_starts_from_another_is_piloted_from_its_best_rate(tmp_path, monkeypatch):
+    """Arm by arm, whatever the order of seeds: "new" starts where "old" did best over all seeds."""
+    losses, starts = {0.002: 4.0, 0.004: 3.5, 0.008: 3.9}, {}
     arms = (studies.Arm(name="old"), studies.Arm(name="new", starts_from="old"))
-    with pytest.raises(ValueError, match="have no pilot"):
-        protocol.run_pilot(_plan(tmp_path, arms=arms))
+    plan = _plan(tmp_path, arms=arms)
+
+    def make_run(workdir, path, config, **options):
+        end = losses[config.optimizer.learning_rate] - config.training.seed / 1000
+        synthetic.write_run(path, config.training.seed, synthetic.falling(end), config=config)
+
+    def make_start(arm, source, path, config):
+        starts[arm.name, config.optimizer.learning_rate, config.training.seed] = source
+
+    monkeypatch.setattr(runner, "make_run", make_run)
+    monkeypatch.setattr(runner, "make_start", make_start)
+    monkeypatch.setattr(
+        protocol.runs,
+        "finished_record",
+        lambda path, config: (path / "config.json").is_file() or None,
+    )
+    monkeypatch.setattr(runner, "claim", lambda path: contextlib.nullcontext(True))
+    found = protocol.run_pilot(plan, announce=lambda line: None)
+    assert found.learning_rates == {"old": 0.004, "new": 0.004}
+    for rate in losses:
+        for seed in plan.study.pilot_seeds:
+            assert starts["old", rate, seed] is None
+            wanted = tmp_path / "pilot" / "old" / "rate_0.004" / f"seed_{seed}"
+            assert starts["new", rate, seed] == wanted
+    for arm, _, _, config, path in protocol.pilot_runs(plan):
+        start = str(path / "start") if arm == "new" else None
+        assert config.training.initial_checkpoint == start
+
+
+def test_a_pilot_waits_for_what_its_arms_start_from(tmp_path, monkeypatch):
+    """Another process has the runs of "old": "new" cannot know yet where to start."""
+    arms = (studies.Arm(name="old"), studies.Arm(name="new", starts_from="old"))
+    monkeypatch.setattr(
+        runner, "claim", lambda path: contextlib.nullcontext("old" not in path.parts)
+    )
+    with pytest.raises(ValueError, match="arm new starts from old, whose runs are not all finish"):
+        protocol.run_pilot(_plan(tmp_path, arms=arms), announce=lambda line: None)
 
 
 @pytest.mark.slow

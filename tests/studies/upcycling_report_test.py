@@ -19,8 +19,9 @@ FLAT = [5.0] + [4.0] * 10
 def comparison(tiny_base, tmp_path):
     """Function of {arm: [losses of seed 1, of seed 2, …]} → upcycling_report.Comparison."""
 
-    def make(losses, *, bigram=9.0, **options):
-        base = declaration.changed(tiny_base, {"model.num_experts": 0, "training.num_steps": STEPS})
+    def make(losses, *, bigram=9.0, batch=4, name="w", **options):
+        changes = {"model.num_experts": 0, "training.num_steps": STEPS}
+        base = declaration.changed(tiny_base, changes | {"training.batch_size": batch})
         declared = {"num_experts": 4, "base": {"smoke": base}}
         if "dense" not in losses:
             declared |= {"dense": "somewhere"}
