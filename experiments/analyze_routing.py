@@ -54,7 +54,6 @@ def main(argv):
         raise ValueError("give --model with --data, or --routing_dump")
     if (_MODEL.value is None) != (_DATA.value is None):
         raise ValueError("--data says which text the --model is to read, --routing_dump needs none")
-    app.tune_allocator()
     from olmoe_jax import reporting
     from olmoe_jax.analysis import analyses, page, results
 
@@ -102,7 +101,6 @@ def _read_dumps():
 
 def _record(output):
     """({model: Recordings}, Tokenizer or None)."""
-    from olmoe_jax import loading
     from olmoe_jax.analysis import analyses, counts, recording, suites
 
     found = {}
@@ -113,7 +111,7 @@ def _record(output):
         found[every[0].model] = every
     models, first = {}, None
     for name, every in found.items():
-        tokenizer, texts = _texts(every[-1].path, loading)
+        tokenizer, texts = _texts(every[-1].path)
         first = first or tokenizer
         models[name] = []
         for checkpoint in every:
@@ -131,8 +129,9 @@ def _record(output):
     return models, first
 
 
-def _texts(model, loading):
+def _texts(model):
     """(Tokenizer or None, Texts) for one model."""
+    from olmoe_jax import generation
     from olmoe_jax.analysis import texts
     from olmoe_jax.data import tokenizer as tokenizer_lib
     from olmoe_jax.porting import sources
@@ -142,7 +141,7 @@ def _texts(model, loading):
         "context_length": _CONTEXT.value or min(texts.CONTEXT_LENGTH, longest),
         "max_tokens": _MAX_TOKENS.value or None,
     }
-    own = loading.find_tokenizer(model)
+    own = generation.find_tokenizer(model)
     tokenizer = own if _TOKENIZER.value is None else tokenizer_lib.load(_TOKENIZER.value)
     if len(_DATA.value) == 1 and os.path.isdir(os.path.expanduser(_DATA.value[0])):
         found = texts.from_prepared(_DATA.value[0], split=_SPLIT.value, **limits)

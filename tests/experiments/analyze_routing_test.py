@@ -1,0 +1,79 @@
+"""`experiments.analyze_routing` as a person runs it."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from olmoe_jax.data import tokenizer as tokenizer_lib
+from tests.analysis import models
+from tests.porting import foreign
+
+ROOT = pathlib.Path(__file__).parents[2]
+VOCAB = 300  # the 256 bytes and some
+
+
+def run(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.analyze_routing", *arguments], cwd=ROOT, text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, timeout=300,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    """Two checkpoints of one model, and texts of two domains."""
+    folder = tmp_path_factory.mktemp("suite")
+    for number in (1, 2):
+        models.folder(folder / "olmoe" / f"step{number}-tokens{number}K", vocab_size=VOCAB)
+    words = tokenizer_lib.train(["the word is long def return"], vocab_size=VOCAB)
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_bytes(words.json)
+    for name, words in (("code", "def return yield "), ("prose", "the word is long ")):
+        paragraphs = "\n\n".join(words * n for n in range(3, 23))
+        (folder / f"{name}.txt").write_text(paragraphs)
+    return folder, tokenizer
+
+
+def test_one_command_records_analyses_and_reports(suite, tmp_path):
+    folder, tokenizer = suite
+    arguments = (
+        f"--model={folder}/olmoe", f"--data={folder}/*.txt", f"--tokenizer={tokenizer}",
+        f"--output={tmp_path}/out", "--context_length=11", f"--json={tmp_path}/summary.json",
+    )  # fmt: skip
+    code, out, err = run(*arguments)
+    assert code == 0, err
+    assert "recording olmoe step2-tokens2K" in out and f"page: {tmp_path}/out/report.html" in out
+    output = tmp_path / "out"
+    content = json.loads((output / "domain_specialisation.json").read_text())
+    shares = next(iter(content.values()))["code"]["topk"]
+    assert len(shares) == foreign.MODEL.num_experts
+    assert sum(shares) == pytest.approx(foreign.MODEL.num_experts_per_token, abs=1e-3)
+    # Both checkpoints are the same model, so the router is what it is at the end.
+    saturation = json.loads((output / "router_saturation.json").read_text())
+    assert saturation["checkpoints"][0]["against_final"]["mean"]["topk"]["value"] == 1.0
+    assert (output / "traces" / "olmoe" / "step1-tokens1K" / "prose").is_dir()
+    page = (output / "report.html").read_text()
+    assert "router saturation, against step2-tokens2K" in page and len(page) < 10e6
+    code, again, err = run(*arguments, "--output_format=none")
+    assert code == 0, err
+    assert json.loads((tmp_path / "summary.json").read_text())["models"]["olmoe"]["sentences"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "give --model with --data, or --routing_dump"),
+        (("--model=x",), "--data says which text"),
+        (("--model=/nowhere", "--data=x"), "/nowhere"),
+        (("--routing_dump=/nowhere",), "/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path):
+    code, _, err = run(f"--output={tmp_path}/o", *arguments)
+    assert code == 2 and message in err and err.count("\n") == 1
+    assert not (tmp_path / "o").exists()
