@@ -61,8 +61,9 @@ def test_a_workdir_holds_one_way_of_upcycling(tmp_path):
 
 
 def test_an_arm_starts_from_one_thing():
-    arms = (studies.Arm(name="old"), studies.Arm(name="new", starts_from="old", start="dir"))
-    with pytest.raises(ValueError, match="start is 'dir': arm new starts from old already"):
+    both = studies.Arm(name="upcycled", starts_from="scratch", start="dir")
+    arms = (studies.Arm(name="scratch"), both)
+    with pytest.raises(ValueError, match="start is 'dir': arm upcycled starts from scratch alrea"):
         dataclasses.replace(upcycling.STUDY, arms=arms)
 
 
