@@ -1,15 +1,15 @@
 """What a router does: records any model on any text, runs the analyses, says what they come to.
 
-    python -m experiments.analyze_routing --model=runs/demo --data=runs/demo/data --output=routing
+    python -m experiments.analyze_routing --model=runs/demo --output=routing
     python -m experiments.analyze_routing --model=OLMoE-1B-7B --data='text/*.txt' --output=routing
     python -m experiments.analyze_routing --routing_dump=routing_output --output=routing
 
 --model: directories of any kind that `olmoe_jax.load` takes, comma-separated; of a run, or of a
-folder of revisions, all checkpoints. --data: a prepared data set, or text files, one domain each. A
-model that does not fit in memory is read layer by layer. What is recorded stays in
-OUTPUT/traces/MODEL/CHECKPOINT/DOMAIN and is not recorded again. OUTPUT/report.html shows what was
-found; its numbers are in JSON files, which `olmoe_jax/analysis/results.py` explains. A stopped run
-goes on with the same command.
+folder of revisions, all checkpoints. --data: a prepared data set, or text files, one domain each;
+without it the validation data of the (first) run. A model that does not fit in memory is read layer
+by layer. What is recorded stays in OUTPUT/traces/MODEL/CHECKPOINT/DOMAIN and is not recorded again.
+OUTPUT/report.html shows what was found; its numbers are in JSON files, which
+`olmoe_jax/analysis/results.py` explains. A stopped run goes on with the same command.
 """
 
 import os
@@ -20,7 +20,9 @@ from absl import flags
 from experiments import app
 
 _MODEL = flags.DEFINE_list("model", None, "Directories of models, comma-separated.")
-_DATA = flags.DEFINE_list("data", None, "A prepared data set, or files of text: globs.")
+_DATA = flags.DEFINE_list(
+    "data", None, "A prepared data set, or files of text: globs; default: the data of the run."
+)
 _DUMP = flags.DEFINE_string("routing_dump", None, "Released dumps instead of --model and --data.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory for traces and results.", required=True)
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json; default: the model's.")
@@ -52,8 +54,8 @@ def main(argv):
     del argv
     if (_DUMP.value is None) == (_MODEL.value is None):
         raise ValueError("give --model with --data, or --routing_dump")
-    if (_MODEL.value is None) != (_DATA.value is None):
-        raise ValueError("--data says which text the --model is to read, --routing_dump needs none")
+    if _DUMP.value is not None and _DATA.value is not None:
+        raise ValueError("--data says which text a --model is to read: --routing_dump needs none")
     from olmoe_jax import reporting
     from olmoe_jax.analysis import analyses, page, results
 
@@ -109,7 +111,13 @@ def _record(output):
         if every[0].model in found:
             raise ValueError(f"--model: two of the name {every[0].model}: rename one directory")
         found[every[0].model] = every
-    models, first = {}, None
+    models, first, said = {}, None, set()
+
+    def announce(line):
+        if line not in said:  # every checkpoint reads the same text
+            said.add(line)
+            print(line, flush=True)
+
     for name, every in found.items():
         tokenizer, texts = _texts(every[-1].path)
         first = first or tokenizer
@@ -120,7 +128,7 @@ def _record(output):
             recorded = list(
                 recording.record(
                     checkpoint, texts, folder if _KEEP.value else None, accumulate=counts.Counter,
-                    precision=_PRECISION.value, announce=lambda line: print(line, flush=True),
+                    precision=_PRECISION.value, announce=announce,
                 )
             )  # fmt: skip
             parts = {one.info.domain: one.accumulated.result() for one in recorded}
@@ -143,12 +151,22 @@ def _texts(model):
     }
     own = generation.find_tokenizer(model)
     tokenizer = own if _TOKENIZER.value is None else tokenizer_lib.load(_TOKENIZER.value)
-    if len(_DATA.value) == 1 and os.path.isdir(os.path.expanduser(_DATA.value[0])):
-        found = texts.from_prepared(_DATA.value[0], split=_SPLIT.value, **limits)
+    data = _DATA.value or [_data_of_run()]
+    if len(data) == 1 and os.path.isdir(os.path.expanduser(data[0])):
+        found = texts.from_prepared(data[0], split=_SPLIT.value, **limits)
         return tokenizer or found[0].tokenizer, found
     if tokenizer is None:
         raise ValueError(f"{model} has no tokenizer: name its tokenizer.json with --tokenizer")
-    return tokenizer, texts.from_files(_DATA.value, tokenizer, **limits)
+    return tokenizer, texts.from_files(data, tokenizer, **limits)
+
+
+def _data_of_run():
+    from olmoe_jax import generation
+
+    found = generation.data_path(pathlib.Path(os.path.expanduser(_MODEL.value[0])))
+    if found is None:
+        raise ValueError(f"{_MODEL.value[0]} is no run, whose data could be read: give --data")
+    return str(found)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def find_tokenizer(directory) -> tokenizer_lib.Tokenizer | None:
     """
     directory = pathlib.Path(os.path.abspath(os.path.expanduser(directory)))
     runs = (directory, directory.parent.parent)  # WORKDIR, WORKDIR/checkpoints/NAME
-    folders = [directory, directory / "source", *filter(None, map(_data_path, runs))]
+    folders = [directory, directory / "source", *filter(None, map(data_path, runs))]
     folders += sorted(directory.glob("checkpoints/*/source"))
     for folder in folders:
         if (file := folder / "tokenizer.json").is_file():
@@ -85,7 +85,7 @@ def find_tokenizer(directory) -> tokenizer_lib.Tokenizer | None:
     return None
 
 
-def _data_path(workdir):
+def data_path(workdir):
     """Directory of the prepared data that a run's config.json names; None if it names none."""
     try:
         return workdir / json.loads((workdir / "config.json").read_text())["data_path"]

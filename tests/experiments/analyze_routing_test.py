@@ -68,12 +68,15 @@ def test_one_command_records_analyses_and_reports(suite, tmp_path):
     "arguments, message",
     [
         ((), "give --model with --data, or --routing_dump"),
-        (("--model=x",), "--data says which text"),
+        (("--routing_dump=x", "--data=x"), "--data says which text"),
         (("--model=/nowhere", "--data=x"), "/nowhere"),
+        (("--model=HERE",), "is no run, whose data could be read: give --data"),
         (("--routing_dump=/nowhere",), "/nowhere"),
     ],
 )
-def test_bad_input_is_one_line(arguments, message, tmp_path):
+def test_bad_input_is_one_line(arguments, message, suite, tmp_path):
+    here = f"{suite[0]}/olmoe/step1-tokens1K"
+    arguments = [a.replace("HERE", here) for a in arguments]
     code, _, err = run(f"--output={tmp_path}/o", *arguments)
     assert code == 2 and message in err and err.count("\n") == 1
     assert not (tmp_path / "o").exists()
