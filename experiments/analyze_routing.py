@@ -12,6 +12,7 @@ OUTPUT/report.html shows what was found; its numbers are in JSON files, which
 `olmoe_jax/analysis/results.py` explains. A stopped run goes on with the same command.
 """
 
+import functools
 import os
 import pathlib
 
@@ -43,7 +44,6 @@ _TOTAL_STEPS = flags.DEFINE_integer(
 _COACTIVATION = flags.DEFINE_enum(
     "coactivation", "paper", ("paper", "adjacent"), "adjacent: as in the paper's released script."
 )
-
 _FORMAT = flags.DEFINE_enum(
     "output_format", "html", ("html", "none"), "html: also report.html; none: numbers only."
 )
@@ -125,9 +125,11 @@ def _record(output):
         for checkpoint in every:
             print(f"recording {name} {checkpoint.name}".rstrip(), flush=True)
             folder = output / "traces" / name / (checkpoint.name or "model")
+            # Which tokens went where is asked of the last one only, and is half of the counting.
+            count = functools.partial(counts.Counter, vocabulary=checkpoint is every[-1])
             recorded = list(
                 recording.record(
-                    checkpoint, texts, folder if _KEEP.value else None, accumulate=counts.Counter,
+                    checkpoint, texts, folder if _KEEP.value else None, accumulate=count,
                     precision=_PRECISION.value, announce=announce,
                 )
             )  # fmt: skip

@@ -167,6 +167,14 @@ def stopped(signal) -> int:
     return 128 + signal
 
 
+def unfinished(plan) -> bool:
+    """Says which runs of a study's Plan are still to be made, also to --json; whether any are."""
+    if left := plan.remaining:
+        print(f"\n{len(left)} runs are not done yet: " + ", ".join(f"{a} {s}" for a, s in left))
+        write_json({"study": plan.study.name, "remaining": left})
+    return bool(left)
+
+
 def python() -> str:
     """The running interpreter as a person would type it: relative if it lies below this folder."""
     here = os.path.join(os.getcwd(), "")

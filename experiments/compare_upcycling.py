@@ -98,11 +98,7 @@ def main(argv):
     stopped = runner.make_runs(plan)
     if stopped is not None:
         return app.stopped(stopped)
-    if left := plan.remaining:
-        print(f"\n{len(left)} runs are not done yet: " + ", ".join(f"{a} {s}" for a, s in left))
-        app.write_json({"study": study.name, "remaining": left})
-        return 0
-    if jax.process_index():
+    if app.unfinished(plan) or jax.process_index():
         return 0
     comparison = upcycling_report.make(
         plan, dense_tokens=dense.tokens if dense else None, protocol=followed, notes=notes

@@ -103,14 +103,12 @@ def _saturation(name, found):
 
 
 def _vocabulary(name, found):
-    layers = found.known.info.layers
+    layers, ranks = found.known.info.layers, {rank for _, rank in found.vocabulary}
+    shown, suffix = ("top1", "") if "top1" in ranks else ("topk", ", top-k")
     series = [
-        _series(f"{kind} token", layers, one.mean)
+        _series(f"{kind} token{suffix}", layers, one.mean)
         for (kind, rank), one in found.vocabulary.items()
-        if rank == "top1"
-    ] or [
-        _series(f"{kind} token, top-k", layers, one.mean)
-        for (kind, rank), one in found.vocabulary.items()
+        if rank == shown
     ]
     return reporting.Chart(
         title=f"{name}: vocabulary specialisation", series=tuple(series), x_title="layer",

@@ -15,21 +15,17 @@ import dataclasses
 import os
 import pathlib
 import tempfile
-import time
 
-import jax
 import numpy as np
 
 from olmoe_jax import machine
 from olmoe_jax.benchmarking import rounds as rounds_lib
-from olmoe_jax.benchmarking import tables, work, workers
+from olmoe_jax.benchmarking import tables, train_step, work, workers
 from olmoe_jax.checkpoints import layout
 from olmoe_jax.model import experts
 
 PEER = pathlib.Path(__file__).parent / "peers" / "maxtext_step.py"
-TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # nats: order of summation, rounding
-OURS, THEIRS = "ours", "MaxText"
-BATCHES = 20
+OURS, THEIRS = train_step.OURS, "MaxText"
 MODEL_FIELDS = (
     "d_model", "num_heads", "num_layers", "d_ff", "vocab_size", "num_experts",
     "num_experts_per_token", "rope_theta", "norm_eps",
@@ -68,7 +64,7 @@ def measure(run_config, options) -> dict:
     """
     if options.peer_python is None:
         raise ValueError("--suite=maxtext_step needs --peer_python, of an environment with MaxText")
-    ours = _Ours(run_config)
+    ours = train_step.Ours(run_config)
     os.makedirs(options.scratch, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix="maxtext_", dir=options.scratch) as folder,
@@ -96,7 +92,7 @@ def measure(run_config, options) -> dict:
     gaps = [abs(x - y) for x, y in zip(ours.losses, theirs.losses, strict=True)]
     gaps += [abs(ours.losses[0] - loss) for loss in first_losses]
     gap = float(np.nan_to_num(gaps, nan=np.inf).max())
-    agree = gap <= TOLERANCE[run_config.model.dtype]
+    agree = gap <= train_step.TOLERANCE[run_config.model.dtype]
     return {
         "suite": "maxtext_step",
         "dtype": run_config.model.dtype,
@@ -111,28 +107,8 @@ def measure(run_config, options) -> dict:
     }
 
 
-class _Ours:
-    """Our side: `steps` makes a Sample; `losses` are of all steps."""
-
-    def __init__(self, run_config):
-        self.trainer, self.losses = work.Trainer(run_config), []
-        self._batches = [work.batch(ids) for ids in work.tokens(run_config, BATCHES)]
-        self._weight = run_config.losses.load_balancing_weight
-
-    def steps(self, count):
-        metrics, begun = [], time.perf_counter()
-        for n in range(len(self.losses), len(self.losses) + count):
-            metrics.append(self.trainer.step(self._batches[n % BATCHES]))
-        jax.block_until_ready((self.trainer.state, metrics))
-        seconds = time.perf_counter() - begun
-        for found in jax.device_get(metrics):
-            loss = found["loss"] + self._weight * found["load_balancing_loss"]
-            self.losses.append(float(loss))
-        return rounds_lib.Sample(seconds / count)
-
-
 class _Theirs:
-    """The peer's side, as `_Ours`, behind the steps of which `losses` are."""
+    """The peer's side, as `train_step.Ours`, behind the steps of which `losses` are."""
 
     def __init__(self, worker, losses):
         self.losses, self._worker = list(losses), worker
@@ -149,7 +125,7 @@ def _export(run_config, params, folder) -> dict:
     for name, leaf in layout.flatten(layout.to_stored(params, run_config.model)).items():
         file = folder / "weights" / f"{name.replace('/', '.')}.npy"
         np.save(file, np.asarray(leaf, np.float32))
-    np.save(folder / "batches.npy", work.tokens(run_config, BATCHES))
+    np.save(folder / "batches.npy", work.tokens(run_config, train_step.LOSSES))
     return {
         "folder": str(folder.resolve()),
         "model": {name: getattr(run_config.model, name) for name in MODEL_FIELDS},

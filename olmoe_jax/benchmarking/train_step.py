@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from olmoe_jax import accounting, checkpoints, machine
+from olmoe_jax import losses as losses_lib
 from olmoe_jax.benchmarking import matmul_peak, tables, tuning, work, workers
 from olmoe_jax.benchmarking import rounds as rounds_lib
 from olmoe_jax.checkpoints import naming
@@ -45,7 +46,7 @@ def run(options):
 
 def measure(config, options) -> dict:
     """All of it, for a config made by `work.config`."""
-    ours = _Ours(config)
+    ours = Ours(config)
     result = {
         "suite": "train_step",
         "dtype": config.model.dtype,
@@ -105,8 +106,9 @@ def _against_peer(ours, config, options, folder):
     }
 
 
-class _Ours:
-    """Our side: `steps` makes a Sample, `losses` are those of all steps since `restart`."""
+class Ours:
+    """Our side: `steps` makes a Sample, `losses` are those of all steps since `restart`: cross
+    entropy and the load-balancing loss, weighted as the peer of its convention does."""
 
     name = OURS
 
@@ -115,7 +117,9 @@ class _Ours:
         self.losses = []
         self._batches = [work.batch(ids) for ids in work.tokens(config, LOSSES)]
         # What the balancing loss, logged so that 1 is balanced, adds to the loss on both sides.
-        self._weight = config.losses.load_balancing_weight * config.model.num_experts_per_token
+        self._weight = config.losses.load_balancing_weight * losses_lib.balanced_value(
+            config.losses.load_balancing_convention, config.model.num_experts_per_token
+        )
 
     def restart(self):
         self.trainer.restart()
@@ -134,7 +138,7 @@ class _Ours:
 
 
 class _Theirs:
-    """The peer's side, as `_Ours`."""
+    """The peer's side, as `Ours`."""
 
     name = THEIRS
 

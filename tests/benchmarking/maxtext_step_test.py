@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from olmoe_jax.benchmarking import maxtext_step, work
+from olmoe_jax.benchmarking import maxtext_step, train_step, work
 from olmoe_jax.benchmarking import options as options_lib
 from olmoe_jax.benchmarking import rounds as rounds_lib
 from olmoe_jax.checkpoints import layout
@@ -60,7 +60,7 @@ def options(monkeypatch, tmp_path):
 def _fake(monkeypatch, folder, wrong=0.0):
     """A made-up peer whose third loss is `wrong` away from ours."""
     config = maxtext_step.config(**TINY)
-    ours = maxtext_step._Ours(config)
+    ours = train_step.Ours(config)
     ours.steps(3)
     losses = np.array(ours.losses) + [0, 0, wrong]
     (folder / "losses.json").write_text(json.dumps(losses.tolist()))

@@ -64,7 +64,7 @@ def fake(monkeypatch, tmp_path, options):
     """(options with a made-up peer whose losses are ours, its folder)."""
     peers = str(train_step.PEER.parent)
     (tmp_path / "peer.py").write_text(FAKE.format(peers=peers))
-    ours = train_step._Ours(work.config(**TINY))
+    ours = train_step.Ours(work.config(**TINY))
     ours.steps(train_step.LOSSES)
     (tmp_path / "losses.json").write_text(json.dumps(ours.losses))
     monkeypatch.setattr(train_step, "PEER", tmp_path / "peer.py")
