@@ -12,8 +12,8 @@
     crossings  axis → catch_up, overtaking → {each: seed → {place, at_most, begin, end}, mean, low,
                high, n, shares: seed → share, share: {mean, low, high}}; means are geometric, `low`
                and `high` the ends of Student's t interval of the logarithms. null: no such number
-    lead       start, end → {each: seed → nats, mean, low, high}: scratch − upcycled at the first
-               and at the last validation (step 0 among them)
+    lead       start, budget, end → {each: seed → nats, mean, low, high}: scratch − upcycled at the
+               first validation (step 0), after as many tokens as the dense model's, at the last
     verdict    one of verdict.AGREES, DISAGREES, UNDECIDED; words: the answer, a sentence each
     missing    seed → why it has no curves;  bigram: {loss}, and arms not below it;  notes
     environment
@@ -84,11 +84,15 @@ def make(plan, *, dense_tokens=None, protocol=None, notes=(), announce=print) ->
     budgets = {seed: _budget(plan, found, seed, dense_tokens) for seed in usable}
     pairs = {seed: (found[UPCYCLED, seed], found[SCRATCH, seed]) for seed in usable}
     summaries = crossings.compare(pairs, budgets) if pairs else {}
-    leads = {end: _lead(pairs, at) for end, at in (("start", 0), ("end", -1))}
+    leads = {
+        "start": _lead(pairs, 0),
+        "budget": _budget_lead(pairs, budgets),
+        "end": _lead(pairs, -1),
+    }
     bigram_loss = report.bigram_baseline(plan, announce)["validation/bigram_loss"]
     mine = {arm: [found[arm, seed] for seed in plan.seeds] for arm in plan.configs}
     weak = [arm for arm, each in mine.items() if not verdict.is_below(bigram_loss, each)]
-    judged = judge(summaries, leads["end"], missing, weak)
+    judged = judge(summaries, leads["budget"], missing, weak)
     notes = (*notes, *_order_notes(plan, announce))
     content = {
         "study": plan.study.name,
@@ -168,6 +172,19 @@ def _lead(pairs, at):
     }
 
 
+def _budget_lead(pairs, budgets):
+    """seed → scratch − upcycled after as many tokens as the dense model's, where that is known."""
+    found = {}
+    for seed, pair in pairs.items():
+        curves = ((run.curve(LOSS).tokens, run.curve(LOSS).values) for run in pair)
+        x, gap = crossings.lead(*curves)
+        budget = budgets[seed].tokens
+        value = None if budget is None else crossings.lead_at(x, gap, budget)
+        if value is not None:
+            found[seed] = value
+    return found
+
+
 def _ends(interval, *, log=True):
     """An Interval for JSON: mean, low, high, n; of logarithms turned back."""
     if interval is None:
@@ -190,13 +207,13 @@ def _plain_summaries(summaries):
     return out
 
 
-def judge(summaries, end_leads, missing, weak) -> str:
+def judge(summaries, budget_leads, missing, weak) -> str:
     """Whether the paper's finding shows: from scratch catches up within the dense budget.
 
     By the interval over seeds of the catch-up's share of the dense model's tokens, if it lies on
-    one side of 1. Where no seed has caught up, though the runs are as long as the dense model's,
-    by the lead at their end: it must be above the margin with its whole interval. Runs of one seed,
-    diverged ones, and models no better than a bigram model decide nothing.
+    one side of 1. Where no seed has caught up within that budget, and some not at all, by the lead
+    at the budget: its whole interval must be above the margin. Runs of one seed, diverged ones, and
+    models no better than a bigram model decide nothing.
     """
     summary = summaries.get(("tokens", crossings.CATCH_UP))
     if summary is None or missing or weak:
@@ -205,17 +222,11 @@ def judge(summaries, end_leads, missing, weak) -> str:
         if summary.share.high < 0:
             return verdict.AGREES
         return verdict.DISAGREES if summary.share.low > 0 else verdict.UNDECIDED
-    none = all(c.place is None for c in summary.each.values())
-    if none and len(end_leads) > 1 and _covers_budget(summary):
-        interval = statistics.t_interval(list(end_leads.values()))
+    behind = all(share > 1 for share in summary.shares.values())
+    if behind and len(budget_leads) == len(summary.each) > 1:
+        interval = statistics.t_interval(list(budget_leads.values()))
         return verdict.DISAGREES if interval.low > crossings.MARGIN else verdict.UNDECIDED
     return verdict.UNDECIDED
-
-
-def _covers_budget(summary):
-    """Whether every pair was trained for as many tokens as its dense model."""
-    return all(seed in summary.budgets and c.end >= summary.budgets[seed]
-               for seed, c in summary.each.items())  # fmt: skip
 
 
 def words(plan, summaries, leads, missing, weak, judged) -> list[str]:
@@ -247,7 +258,13 @@ def words(plan, summaries, leads, missing, weak, judged) -> list[str]:
 
 def _lead_words(leads):
     parts = []
-    for end, text in (("start", "before the first update"), ("end", "at the end")):
+    for end, text in (
+        ("start", "before the first update"),
+        ("budget", "after as many tokens as the dense model's"),
+        ("end", "at the end"),
+    ):
+        if not leads[end]:
+            continue
         interval = statistics.t_interval(list(leads[end].values()))
         spread = ""
         if interval.low is not None:

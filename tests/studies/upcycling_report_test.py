@@ -11,7 +11,7 @@ from experiments.studies import upcycling
 from olmoe_jax.studies import declaration, runner, upcycling_page, upcycling_report, verdict
 from tests.studies import synthetic
 
-STEPS, DENSE_STEPS = 40, 20
+STEPS, DENSE_STEPS = 100, 20  # as declared; the runs made here end at step 40
 FLAT = [5.0] + [4.0] * 10
 
 
@@ -63,7 +63,7 @@ def _outside(plan, seed, tokens_per_step):
     )  # fmt: skip
     before = None
     for step in sorted(up):
-        gap = scratch[step] - up[step] - 0.01
+        gap = scratch[step] - up[step] - 0.02
         if step and gap <= 0:
             if before is None:
                 return step * tokens_per_step
@@ -137,6 +137,18 @@ def test_what_is_not_reached_is_said_and_nothing_is_extrapolated(comparison):
     assert found["mean"] is None and found["each"]["1"]["place"] is None
     assert made.content["verdict"] == verdict.DISAGREES  # runs twice as long as the dense model's
     assert made.content["lead"]["end"]["low"] == pytest.approx(0.5)
+    # validations every 4 steps; the dense model's 20 steps are 5 of them: 6 − 4/9 · 1.5 − 4
+    assert made.content["lead"]["budget"]["each"]["1"] == pytest.approx(2 - 4 / 9 * 1.5)
+    assert "after as many tokens as the dense model's +1.3" in text
+
+
+def test_some_that_catch_up_behind_the_budget_and_some_never_are_all_too_late(comparison):
+    scratch = _falling(8.0, 8.1) + _falling(8.2, end=4.5)
+    made = comparison({"dense": DENSE * 3, "upcycled": [FLAT] * 3, "scratch": scratch})
+    found = made.content["crossings"]["tokens"]["catch_up"]
+    assert found["each"]["3"]["place"] is None and min(found["shares"].values()) > 1
+    assert made.content["lead"]["budget"]["low"] > 0.02
+    assert made.content["verdict"] == verdict.DISAGREES
 
 
 def test_seeds_that_reach_it_are_named_beside_those_that_do_not(comparison):
@@ -204,10 +216,10 @@ def test_a_diverged_run_takes_its_seed_out_and_is_named(comparison, monkeypatch)
 def test_windows_read_again_are_noted(comparison, prepared):
     losses = {"dense": DENSE, "upcycled": [FLAT], "scratch": _falling(4.2)}
     windows = json.loads((prepared / "info.json").read_text())["splits"]["train"]["windows"]
-    assert 60 * 4 < windows < 60 * 32
+    assert 120 * 4 < windows < 120 * 32
     assert comparison(losses).content["notes"] == []
     (note,) = comparison(losses, batch=32, name="large").content["notes"]
-    assert f"hold {windows:,} windows" in note and "those from 640 to 1,920 of" in note
+    assert f"hold {windows:,} windows" in note and "those from 640 to 3,840 of" in note
 
 
 def test_page_and_picture_show_every_axis(comparison):
