@@ -107,7 +107,9 @@ def _bands(plan, found, metric, x_of):
 
 
 def _curves(plan, found, metric):
-    """A metric over tokens, training FLOPs and seconds."""
+    """A metric over tokens, training FLOPs and seconds; nothing of one that has a single value."""
+    if all(len(run.curve(metric).tokens) < 2 for run in found.values() if not run.problem):
+        return []
     unit = declaration.unit_of(metric)
     axes = {
         "tokens": lambda mine: mine[0].curve(metric).tokens,

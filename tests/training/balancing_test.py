@@ -12,7 +12,8 @@ from olmoe_jax.training import balancing, loop, optimizer
 from tests import oracles
 from tests.training import tiny
 
-RATE = 0.01
+RATE = 0.1  # in a few steps some experts overshoot
+GENTLE = 0.005
 BIASED = {
     "model": {"router_bias": True},
     "losses": {"load_balancing_weight": 0.0, "router_bias_rate": RATE},
@@ -71,8 +72,8 @@ def test_steps_move_biases_as_numpy_does_on_every_mesh(mesh, micro_batches, monk
         **BIASED, training={"micro_batches": micro_batches}, optimizer={"learning_rate": 1e-30}
     )
     monkeypatch.setattr(tiny, "random_params", _plain_params)
-    state, metrics, _ = tiny.after_steps(config, mesh, 3)
-    np.testing.assert_allclose(_bias(state["params"]), _numpy_steps(3)[-1], atol=1e-7)
+    state, metrics, _ = tiny.after_steps(config, mesh, 4)
+    np.testing.assert_allclose(_bias(state["params"]), _numpy_steps(4)[-1], atol=1e-6)
     assert len(np.unique(_bias(state["params"]))) > 2
     assert not np.any(_bias(state["opt_state"][0].mu)) and metrics[0]["load"].max() > 2 / 8
 
@@ -89,16 +90,16 @@ def test_a_skewed_router_is_balanced_without_an_auxiliary_loss(monkeypatch):
     """The same steps without a rate leave the load as skewed as it was."""
     monkeypatch.setattr(tiny, "random_params", _plain_params)
     excess = {}
-    for rate in (RATE, 0.0):
+    for rate in (GENTLE, 0.0):
         config = tiny.make_config(
             model={"router_bias": True}, optimizer={"learning_rate": 1e-4},
             losses={"load_balancing_weight": 0.0, "router_bias_rate": rate},
         )  # fmt: skip
-        _, metrics, _ = tiny.after_steps(config, "one device", 60)
+        _, metrics, _ = tiny.after_steps(config, "one device", 150)
         busiest = [8 * float(m["load"].max()) - 1 for m in metrics]  # 0 is balanced
         excess[rate] = busiest[0], np.mean(busiest[-10:])
-    assert excess[RATE][0] == excess[0.0][0] > 1
-    assert excess[RATE][1] < 0.3 * excess[0.0][1]
+    assert excess[GENTLE][0] == excess[0.0][0] > 1
+    assert excess[GENTLE][1] < 0.4 * excess[0.0][1]
 
 
 def test_biases_are_kept_with_every_checkpoint_and_a_resumed_run_has_the_same(tmp_path, make_run):
