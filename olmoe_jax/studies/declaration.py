@@ -28,7 +28,7 @@ METRICS = {
 _DOMAIN_METRIC = re.compile(r"validation/([^/]+)/(loss|bits_per_byte)")
 MEASURES = ("final", "tokens", "flops", "seconds")
 DIRECTIONS = ("lower", "higher", "equal")
-RESERVED = ("data", "pilot")  # folders of a study's workdir beside those of its arms
+RESERVED = ("data", "pilot", "routing")  # folders of a study's workdir beside those of its arms
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 

@@ -4,6 +4,7 @@
     WORKDIR/data/                  the embedded corpus, once for all runs
     WORKDIR/ARM/seed_N/            an ordinary training run
     WORKDIR/pilot/ARM/rate_R/seed_N/   the pilot's
+    WORKDIR/routing/               traces of what the routers do (`routing`)
     WORKDIR/{protocol,report}.json, report.html
 
 Any number of processes and machines may work in one workdir: a run belongs to whoever locks its
