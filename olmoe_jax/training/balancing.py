@@ -3,6 +3,11 @@
 Without an auxiliary loss, no gradient works against the language model's. The bias enters the
 choice of experts alone (`model.routing.token_choice`); what moves it is the load of the batch
 before, so no token's expert depends on a later token.
+
+The biases lie among the parameters, as `router_bias` of every MoE layer, so that whatever has the
+parameters has them: kept checkpoints (rounded, where `checkpoint.dtype` is bfloat16), the resume
+state (exact), `olmoe_jax.load`, recording. The optimizer leaves them alone: no gradient reaches
+them, no weight decay covers them (`optimizer.decay_mask`).
 """
 
 import jax

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from olmoe_jax.config import sections
 from olmoe_jax.model import routing
 from tests import oracles
 
@@ -30,8 +31,9 @@ def _route(logits, mask, **options):
     return _jitted(jnp.asarray(logits), jnp.asarray(mask), **options)
 
 
-def test_every_router_is_in_the_contract():
+def test_every_router_is_in_the_contract_and_every_score_in_the_config():
     assert ROUTERS.keys() == routing.ROUTERS.keys()
+    assert tuple(routing.SCORES) == sections.ROUTER_SCORES
 
 
 @pytest.mark.parametrize("router", ROUTERS)
