@@ -12,9 +12,9 @@ fixes learning rates and the number of seeds in WORKDIR/protocol.json, which the
 With --arm, --seed or both only those runs are made, so that jobs on several machines share the
 work. The verdicts are printed; WORKDIR/report.html has the curves, WORKDIR/report.json the numbers.
 
-Several studies, or all, lie in WORKDIR/NAME each. Behind the last one comes one table of every
-study of experiments/studies, WORKDIR/summary.html, .md and .json; one that was not run stands there
-with its command.
+Several studies, or all, lie in WORKDIR/NAME each; a run that two of them have in common is made
+once. Behind the last one comes one table of every study of experiments/studies,
+WORKDIR/summary.html, .md and .json; one that was not run stands there with its command.
 """
 
 import difflib
@@ -62,36 +62,47 @@ def main(argv):
     app.start_distributed()
     import jax  # starts after the two lines above
 
-    from olmoe_jax.studies import runner, summary
+    from olmoe_jax.studies import runner, sharing, summary
     from olmoe_jax.training import metrics
 
     workdir = pathlib.Path(os.path.expanduser(_WORKDIR.value))
     app.share_compiled_programs()
     if not several:
         return _run(chosen[0], workdir, seeds)[0]
-    left = 0.0
+    folders, left, planned = [workdir / name for name in names()], 0.0, set()
     for study in chosen:
         folder = workdir / study.name
         if not _DRY_RUN.value:
             runner.link_data(folder, workdir / "data")
-        status, plan = _run(study, folder, seeds)
+        status, plan = _run(study, folder, seeds, others=folders)
         if status:
             return status
-        left += runner.seconds_left(plan) if plan is not None and _DRY_RUN.value else 0
+        if _DRY_RUN.value:
+            left += sharing.seconds_left(plan, planned)
         print()
     if _DRY_RUN.value:
-        print(f"{len(chosen)} studies, altogether about {metrics.duration(left)} (an estimate)")
+        print(
+            f"{len(chosen)} studies, runs in common made once: altogether about "
+            f"{metrics.duration(left)} (an estimate)"
+        )
     elif not _PILOT.value and not jax.process_index():
         _summarize(summary, workdir)
     return 0
 
 
-def _run(study, workdir, seeds):
-    """(exit status, runner.Plan) of one study; the Plan is None of a pilot."""
+def _run(study, workdir, seeds, others=()):
+    """(exit status, runner.Plan) of one study; there is no Plan of a pilot.
+
+    Runs may be taken over from the studies in the folders `others`.
+    """
     import jax
 
-    from olmoe_jax.studies import protocol, report, runner
+    from olmoe_jax.studies import protocol, report, runner, sharing
 
+    if _PILOT.value and _DRY_RUN.value:
+        raise ValueError(
+            "--pilot --dry_run: a dry run is of the runs that decide; give one of them"
+        )
     if _PILOT.value:
         plan = runner.make_plan(study, workdir, scale=_SCALE.value, data=_DATA.value)
         found = protocol.run_pilot(plan)
@@ -113,6 +124,8 @@ def _run(study, workdir, seeds):
         seeds=seeds or (followed.seeds if followed else None),
         learning_rates=followed.learning_rates if followed else None,
     )  # fmt: skip
+    if not _DRY_RUN.value:
+        sharing.adopt(plan, others)
     print(runner.describe(plan))
     if _DRY_RUN.value:
         return 0, plan
@@ -121,7 +134,7 @@ def _run(study, workdir, seeds):
         return app.stopped(stopped), plan
     if app.unfinished(plan) or jax.process_index():
         return 0, plan
-    content = report.write(plan, protocol=followed, notes=notes)
+    content = report.write(plan, protocol=followed, notes=[*notes, *sharing.notes(plan)])
     print(f"\n{report.text(content)}")
     print(f"page: {workdir / report.PAGE}\nnumbers: {workdir / report.DATA}")
     app.write_json(content)

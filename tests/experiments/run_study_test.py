@@ -79,7 +79,9 @@ def test_a_dry_run_of_several_prints_what_each_and_all_cost(tmp_path):
     )
     assert status == 0, error
     assert "study control (smoke)" in out and "top16_of_128" in out
-    assert "2 studies, altogether about " in out and not list(tmp_path.iterdir())
+    assert "2 studies, runs in common made once: altogether about " in out and not list(
+        tmp_path.iterdir()
+    )
 
 
 @pytest.mark.parametrize(
