@@ -4,11 +4,17 @@
     python -m experiments.run_study --study=moe_vs_dense --workdir=runs/moe_vs_dense
     python -m experiments.run_study --study=moe_vs_dense --workdir=runs/moe_vs_dense \
         --arm=dense --seed=2
+    python -m experiments.run_study --study=all --workdir=runs/studies --dry_run
+    python -m experiments.run_study --study=qk_norm,granularity --workdir=runs/studies
 
 --study names a file of experiments/studies (or any .py file that ends with such a STUDY). The pilot
 fixes learning rates and the number of seeds in WORKDIR/protocol.json, which the runs then follow.
 With --arm, --seed or both only those runs are made, so that jobs on several machines share the
 work. The verdicts are printed; WORKDIR/report.html has the curves, WORKDIR/report.json the numbers.
+
+Several studies, or all, lie in WORKDIR/NAME each; a run that two of them have in common is made
+once. Behind the last one comes one table of every study of experiments/studies,
+WORKDIR/summary.html, .md and .json; one that was not run stands there with its command.
 """
 
 import difflib
@@ -22,9 +28,14 @@ from experiments import app
 from olmoe_jax.studies import declaration
 
 FOLDER = pathlib.Path(__file__).parent / "studies"
+ALL = "all"
 
-_STUDY = flags.DEFINE_string("study", None, "Name of a study, or a .py file.", required=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.", required=True)
+_STUDY = flags.DEFINE_string(
+    "study", None, "Name of a study, or a .py file; several with commas, or all.", required=True
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the study; of several: a folder in it for each.", required=True
+)
 _SCALE = flags.DEFINE_string("scale", "laptop", "smoke (seconds per run), laptop or paper.")
 _ARM = flags.DEFINE_string("arm", None, "Make this arm's runs only.")
 _SEED = flags.DEFINE_integer("seed", None, "Make this seed's runs only.")
@@ -38,29 +49,71 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the arms, their costs and 
 
 
 def main(argv):
-    """Flags → study → runs → report."""
+    """Flags → studies → runs → reports, and a table where there are several."""
     del argv
-    study = load(_STUDY.value)
+    chosen = choose(_STUDY.value)
     seeds = app.seeds(_SEEDS.value)
+    several = _STUDY.value == ALL or "," in _STUDY.value
+    if several:
+        for flag in (_ARM, _PROTOCOL):
+            if flag.value is not None:
+                raise ValueError(f"--{flag.name}={flag.value}: belongs to one --study")
     app.tune_allocator()
     app.start_distributed()
     import jax  # starts after the two lines above
 
-    from olmoe_jax.studies import protocol, report, runner
+    from olmoe_jax.studies import runner, sharing, summary
+    from olmoe_jax.training import metrics
 
     workdir = pathlib.Path(os.path.expanduser(_WORKDIR.value))
     app.share_compiled_programs()
+    if not several:
+        return _run(chosen[0], workdir, seeds)[0]
+    folders, left, planned = [workdir / name for name in names()], 0.0, set()
+    for study in chosen:
+        folder = workdir / study.name
+        if not _DRY_RUN.value:
+            runner.link_data(folder, workdir / "data")
+        status, plan = _run(study, folder, seeds, others=folders)
+        if status:
+            return status
+        if _DRY_RUN.value:
+            left += sharing.seconds_left(plan, planned)
+        print()
+    if _DRY_RUN.value:
+        print(
+            f"{len(chosen)} studies, runs in common made once: altogether about "
+            f"{metrics.duration(left)} (an estimate)"
+        )
+    elif not _PILOT.value and not jax.process_index():
+        _summarize(summary, workdir)
+    return 0
+
+
+def _run(study, workdir, seeds, others=()):
+    """(exit status, runner.Plan) of one study; there is no Plan of a pilot.
+
+    Runs may be taken over from the studies in the folders `others`.
+    """
+    import jax
+
+    from olmoe_jax.studies import protocol, report, runner, sharing
+
+    if _PILOT.value and _DRY_RUN.value:
+        raise ValueError(
+            "--pilot --dry_run: a dry run is of the runs that decide; give one of them"
+        )
     if _PILOT.value:
         plan = runner.make_plan(study, workdir, scale=_SCALE.value, data=_DATA.value)
         found = protocol.run_pilot(plan)
         if isinstance(found, int):
-            return app.stopped(found)
+            return app.stopped(found), None
         protocol.write(workdir / protocol.FILE, found)
         print(f"\nseeds {list(found.seeds)}, learning rates {found.learning_rates}")
         print("\n".join(f"note: {note}" for note in found.notes))
         print(f"written: {workdir / protocol.FILE}; commit it before the runs that decide")
         app.write_json(found)
-        return 0
+        return 0, None
     followed, notes = protocol.find(
         workdir, study, _SCALE.value, path=_PROTOCOL.value, data=_DATA.value
     )
@@ -71,19 +124,52 @@ def main(argv):
         seeds=seeds or (followed.seeds if followed else None),
         learning_rates=followed.learning_rates if followed else None,
     )  # fmt: skip
+    if not _DRY_RUN.value:
+        sharing.adopt(plan, others)
     print(runner.describe(plan))
     if _DRY_RUN.value:
-        return 0
+        return 0, plan
     stopped = runner.make_runs(plan, arm=_ARM.value, seed=_SEED.value)
     if stopped is not None:
-        return app.stopped(stopped)
+        return app.stopped(stopped), plan
     if app.unfinished(plan) or jax.process_index():
-        return 0
-    content = report.write(plan, protocol=followed, notes=notes)
+        return 0, plan
+    content = report.write(plan, protocol=followed, notes=[*notes, *sharing.notes(plan)])
     print(f"\n{report.text(content)}")
     print(f"page: {workdir / report.PAGE}\nnumbers: {workdir / report.DATA}")
     app.write_json(content)
-    return 0
+    return 0, plan
+
+
+def _summarize(summary, workdir):
+    """Writes the table over all studies that there are, run or not."""
+    known = {
+        name: {
+            "question": load(name).question,
+            "command": f"python -m experiments.run_study --study={name} --workdir={workdir / name} "
+            f"--scale={_SCALE.value}",
+        }
+        for name in names()
+    }
+    reports = summary.read(sorted(workdir.glob("*/report.json")))
+    table = summary.rows(reports, known)
+    summary.write(workdir, table)
+    print(summary.markdown(table))
+    print(f"page: {workdir / summary.PAGE}\ntable: {workdir / summary.TEXT}")
+    app.write_json(table)
+
+
+def choose(text) -> list[declaration.Study]:
+    """The studies of --study: one, several with commas, or all of experiments/studies.
+
+    Raises:
+      ValueError: as `load`; or one is named twice.
+    """
+    wanted = names() if text == ALL else text.split(",")
+    found = [load(name) for name in wanted]
+    if len({study.name for study in found}) < len(found):
+        raise ValueError(f"--study={text}: a name occurs twice")
+    return found
 
 
 def names() -> list[str]:

@@ -25,6 +25,9 @@ class Parameters:
       head: the output head [v, d]; 0 where it is the embedding.
       norms: scales, which take part in no matrix product.
       router: of all MoE layers; in `total` and in `active`. What granularity cannot hold equal.
+
+    The biases of `model.router_bias`, one number per expert and MoE layer, are counted nowhere:
+    they are state of the balancing, which no gradient trains.
     """
 
     total: int

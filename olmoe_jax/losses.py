@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from olmoe_jax import sharding
 from olmoe_jax.grouped_matmul import dense
+from olmoe_jax.model import routing
 
 # Tokens (per device) whose float32 logits exist at once. On two cores, vocabulary 4,096, chunks of
 # 512 take 0.9 of the time of one chunk of 2,048: the logits stay nearer to the caches.
@@ -142,7 +143,8 @@ class RoutingStatistics(typing.NamedTuple):
     Attributes:
       counts: float32 [n, g, e], tokens whose choices (for `switch`: whose most probable expert)
         include e.
-      probs: float32 [n, g, e], Σ over tokens of the router's softmax.
+      probs: float32 [n, g, e], Σ over tokens of the router's scores, which sum to one in each
+        token (`routing.probabilities`).
       tokens: float32 [g], real tokens.
     """
 
@@ -152,7 +154,7 @@ class RoutingStatistics(typing.NamedTuple):
 
 
 def routing_statistics(
-    router_logits, expert_ids, token_mask, *, convention, group
+    router_logits, expert_ids, token_mask, *, convention, group, scores="softmax"
 ) -> RoutingStatistics:
     """Statistics per group of `group` consecutive sequences (0: all of them are one group).
 
@@ -161,11 +163,12 @@ def routing_statistics(
       expert_ids: int32 [n, b, l, k]; −1 is no expert.
       token_mask: bool [b, l]; padding counts nowhere.
       convention: of the load-balancing loss; only `switch` counts differently.
+      scores: the model's `router_scores`.
     """
     n, b, _, e = router_logits.shape
     groups = b // group if group else 1
     mask = token_mask.astype(jnp.float32)
-    probs = jax.nn.softmax(router_logits) * mask[..., None]
+    probs = routing.probabilities(router_logits, scores) * mask[..., None]
     if convention == "switch":
         expert_ids = jnp.argmax(router_logits, axis=-1, keepdims=True)
     chosen = jnp.sum(jax.nn.one_hot(expert_ids, e, dtype=jnp.float32), axis=-2) * mask[..., None]

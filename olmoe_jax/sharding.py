@@ -40,6 +40,7 @@ PARAMETER_AXES = (
     ("layers/*/attention/value", ("d_model", "heads")),
     ("layers/*/attention/output", ("heads", "d_model")),
     ("layers/*/moe/router", ("d_model", None)),
+    ("layers/*/moe/router_bias", (None,)),
     ("layers/*/moe/w_gate", ("experts", "d_model", "d_ff")),
     ("layers/*/moe/w_up", ("experts", "d_model", "d_ff")),
     ("layers/*/moe/w_down", ("experts", "d_ff", "d_model")),

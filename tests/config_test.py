@@ -122,6 +122,9 @@ def test_items_of_a_tuple_are_checked_and_an_int_is_a_float():
             "clip_before_qk_norm is True: needs model.qk_norm",
         ),
         (dict(dtype="float16"), "dtype is 'float16'"),
+        (dict(router_scores="sigmiod"), "router_scores is 'sigmiod': .*did you mean 'sigmoid'"),
+        (dict(router_bias=True, router="expert_choice"), "router_bias is True: .*token_choice"),
+        (dict(router_bias=True, num_experts=0), "router_bias is True: needs experts"),
     ],
 )
 def test_impossible_models_are_refused(changes, message):
@@ -135,6 +138,7 @@ def test_impossible_models_are_refused(changes, message):
         ("data", dict(sequence_length=1), "data.sequence_length is 1: must be at least 2"),
         ("data", dict(workers=-1), "data.workers is -1"),
         ("losses", dict(router_z_weight=-1.0), "losses.router_z_weight is -1.0"),
+        ("losses", dict(router_bias_rate=-1.0), "losses.router_bias_rate is -1.0"),
         (
             "losses",
             dict(load_balancing_convention="hf"),

@@ -144,19 +144,21 @@ def _routing_inputs(seed=0):
     return logits, ids, mask
 
 
-def _balance(logits, ids, mask, convention, group, k=K):
+def _balance(logits, ids, mask, convention, group, k=K, scores="softmax"):
     statistics = losses.routing_statistics(
-        jnp.asarray(logits), jnp.asarray(ids), jnp.asarray(mask), convention=convention, group=group
-    )
+        jnp.asarray(logits), jnp.asarray(ids), jnp.asarray(mask), convention=convention,
+        group=group, scores=scores,
+    )  # fmt: skip
     return losses.load_balancing_loss(statistics, convention=convention, num_experts_per_token=k)
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("group", [0, 1, 2])
-def test_load_balancing_equals_numpy(convention, group):
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_load_balancing_equals_numpy(convention, group, scores):
     logits, ids, mask = _routing_inputs()
-    want = oracles.load_balancing(logits, ids, mask, convention, group)
-    _close(_balance(logits, ids, mask, convention, group), want)
+    want = oracles.load_balancing(logits, ids, mask, convention, group, scores)
+    _close(_balance(logits, ids, mask, convention, group, scores=scores), want)
 
 
 def test_the_conventions_and_groups_differ_on_these_inputs():

@@ -102,23 +102,33 @@ def swiglu(x, w_gate, w_up, w_down):
     return (gate * sigmoid(gate) * (x @ w_up)) @ w_down
 
 
-def token_choice(logits, mask, k, normalize):
-    """(ids, weights) [b, l, k]: the k largest softmax values, ties to the lower id; padding −1"""
-    probs = softmax(logits)
+def scores_of(logits, scores):
+    """The softmax over the last axis, or the sigmoid of each."""
+    return softmax(logits) if scores == "softmax" else sigmoid(np.asarray(logits, np.float64))
+
+
+def token_choice(logits, mask, k, normalize, scores="softmax", bias=0.0):
+    """(ids, weights) [b, l, k] of the k largest scores + bias, ties to the lower id; padding −1.
+
+    Weights are scores without the bias, and the ids of a token are in their order.
+    """
+    probs = scores_of(logits, scores)
+    bias = np.broadcast_to(bias, probs.shape[-1])
     ids, weights = np.full((*probs.shape[:2], k), -1), np.zeros((*probs.shape[:2], k))
     for row, t in np.argwhere(mask):
         p = probs[row, t]
-        best = sorted(range(len(p)), key=lambda e: (-p[e], e))[:k]
+        best = sorted(range(len(p)), key=lambda e: (-(p[e] + bias[e]), e))[:k]
+        best.sort(key=lambda e: -p[e])
         ids[row, t], weights[row, t] = best, p[best]
         if normalize:
             weights[row, t] /= p[best].sum()
     return ids, weights
 
 
-def expert_choice(logits, mask, k, normalize, group):
+def expert_choice(logits, mask, k, normalize, group, scores="softmax"):
     """(selected bool, weights) [b, l, e]: an expert's k · tokens // experts best of a group."""
     b, length, experts = logits.shape
-    probs, group = softmax(logits), group or b
+    probs, group = scores_of(logits, scores), group or b
     selected = np.zeros(probs.shape, bool)
     for first in range(0, b, group):
         places = [(r, t) for r in range(first, first + group) for t in range(length)]
@@ -223,9 +233,12 @@ def transformer(params, config, input_ids, *, mask=None, group=0, positions=None
         logits = h @ moe["router"]
         k, normalize = config.num_experts_per_token, config.normalize_expert_weights
         if config.router == "token_choice":
-            ids, factors = token_choice(logits, mask, k, normalize)
+            bias = moe.get("router_bias", 0.0)
+            ids, factors = token_choice(logits, mask, k, normalize, config.router_scores, bias)
         else:
-            selected, factors = expert_choice(logits, mask, k, normalize, group)
+            selected, factors = expert_choice(
+                logits, mask, k, normalize, group, config.router_scores
+            )
             ids = np.where(selected, np.arange(config.num_experts), -1)
         flat = [a.reshape(b * length, -1) for a in (h, ids, factors)]
         y = experts(*flat, moe).reshape(x.shape)
@@ -251,12 +264,13 @@ def cross_entropy(logits, tokens, loss_mask):
     return total, count
 
 
-def load_balancing(router_logits, expert_ids, mask, convention, group):
+def load_balancing(router_logits, expert_ids, mask, convention, group, scores="softmax"):
     """The loss as each convention defines it, averaged over groups with a real token.
 
     router_logits [n, b, l, e], expert_ids [n, b, l, k] (−1: none), mask [b, l].
     """
-    probs, b = softmax(router_logits), mask.shape[0]
+    probs, b = scores_of(router_logits, scores), mask.shape[0]
+    probs = probs / probs.sum(-1, keepdims=True)
     experts, k = probs.shape[-1], expert_ids.shape[-1]
     values = []
     for first in range(0, b, group or b):

@@ -20,6 +20,7 @@ KINDS = {
     "tied": {"tie_embeddings": True},
     "shared experts in every second layer": {"moe_every": 2, "num_shared_experts": 3},
     "dense": {"num_experts": 0},
+    "biases of loss-free balancing": {"router_bias": True},
     "norms of heads": {"qk_norm_per_head": True, "norm_position": "post"},
     "without norm scales": {"norm": "layernorm_nonparametric", "qk_norm": False},
 }

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from olmoe_jax.checkpoints import layout, streamed
-from olmoe_jax.model import norms, transformer
+from olmoe_jax.model import norms, routing, transformer
 from olmoe_jax.porting import transposing
 
 HEAD_TOKENS = 512  # whose float32 logits exist at once
@@ -30,8 +30,10 @@ class Choices(typing.NamedTuple):
 
     Attributes:
       expert_ids: int32 [b, l, k], by falling weight; -1 for padding.
-      weights: float32 [b, l, k], softmax over all experts, whether or not the model renormalises.
-      near_ties: int32 [b], tokens with a near-tie (`is_near_tie`).
+      weights: float32 [b, l, k], softmax over all experts (of sigmoid scores their share in the sum
+        over all experts), whether or not the model renormalises.
+      near_ties: int32 [b], tokens with a near-tie (`is_near_tie`); with a router bias, tokens whose
+        choice changes where their logits are rounded to bfloat16.
     """
 
     expert_ids: jax.Array
@@ -166,11 +168,25 @@ def _layer(params, x, token_mask, *, config, is_moe):
     x, routed, _ = block.apply({"params": params}, x, positions, None, token_mask)
     if routed is None:
         return x, None
-    probs = jax.nn.softmax(routed.logits)
+    probs = routing.probabilities(routed.logits, config.router_scores)
     weights = jnp.take_along_axis(probs, jnp.maximum(routed.expert_ids, 0), axis=-1)
     weights = jnp.where(routed.expert_ids < 0, 0.0, weights)
-    ties = is_near_tie(routed.logits, config.num_experts_per_token) & token_mask
-    return x, Choices(routed.expert_ids, weights, jnp.sum(ties, axis=1, dtype=jnp.int32))
+    if config.router_bias:
+        ties = _changes_when_rounded(routed, params["moe"]["router_bias"], token_mask, config)
+    else:
+        ties = is_near_tie(routed.logits, config.num_experts_per_token)
+    ties = jnp.sum(ties & token_mask, axis=1, dtype=jnp.int32)
+    return x, Choices(routed.expert_ids, weights, ties)
+
+
+def _changes_when_rounded(routed, bias, token_mask, config):
+    """bool [b, l]: whether logits rounded to bfloat16 lead to other experts."""
+    again = routing.route(
+        routed.logits.astype(jnp.bfloat16), token_mask, router=config.router,
+        k=config.num_experts_per_token, scores=config.router_scores, bias=bias,
+    )  # fmt: skip
+    one, other = (jnp.sort(r.expert_ids, axis=-1) for r in (routed, again))
+    return jnp.any(one != other, axis=-1)
 
 
 def apply_head(norm, head, x, next_ids, *, config):

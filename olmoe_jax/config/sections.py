@@ -6,6 +6,7 @@ import difflib
 NORM_NAMES = ("rmsnorm", "layernorm_nonparametric")
 NORM_POSITIONS = ("pre", "post")
 DTYPE_NAMES = ("float32", "bfloat16")
+ROUTER_SCORES = ("softmax", "sigmoid")
 LOAD_BALANCING_CONVENTIONS = ("olmoe", "huggingface", "switch")
 
 
@@ -47,8 +48,12 @@ class ModelConfig:
       num_experts_per_token: k of the top-k choice; mean experts per token under expert choice.
       num_shared_experts: experts (each of width d_ff) that every token passes through, unweighted.
       moe_every: every `moe_every`-th layer is MoE, the last of each group (1: all; 2: 1, 3, …).
-      normalize_expert_weights: divide the k chosen softmax values by their sum (Mixtral does).
+      normalize_expert_weights: divide the k chosen scores by their sum (Mixtral does).
       router: a key of `olmoe_jax.model.routing.ROUTERS` (checked there: a new router is one file).
+      router_scores: what the router's logits become: "softmax" over the experts, or the "sigmoid"
+        of each (DeepSeek-V3, which also divides the chosen ones by their sum).
+      router_bias: loss-free balancing: a bias per expert and MoE layer, added to the scores for the
+        choice of experts alone, moved by `losses.router_bias_rate`. Token choice only.
       router_dtype: dtype of the router's matrix product. float32 always but to mimic Hugging Face,
         whose bf16 models round the logits to bf16. Softmax and top-k are in float32 either way.
       expert_backend: how experts are computed; "auto" picks by platform (`model.experts`).
@@ -79,6 +84,8 @@ class ModelConfig:
     num_shared_experts: int = 0
     moe_every: int = 1
     router: str = "token_choice"
+    router_scores: str = "softmax"
+    router_bias: bool = False
     normalize_expert_weights: bool = False
     router_dtype: str = "float32"
     expert_backend: str = "auto"
@@ -138,6 +145,12 @@ class ModelConfig:
             not self.clip_before_qk_norm or (self.qk_norm and self.clip_qkv is not None),
             "model.clip_before_qk_norm", True, "needs model.qk_norm and model.clip_qkv",
         )  # fmt: skip
+        _require(
+            not self.router_bias or (self.num_experts and self.router == "token_choice"),
+            "model.router_bias", True,
+            "needs experts (model.num_experts) that tokens choose (model.router=token_choice)",
+        )  # fmt: skip
+        _one_of("model.router_scores", self.router_scores, ROUTER_SCORES)
         _one_of("model.norm_position", self.norm_position, NORM_POSITIONS)
         _one_of("model.router_dtype", self.router_dtype, DTYPE_NAMES)
         _one_of("model.norm", self.norm, NORM_NAMES)
@@ -204,6 +217,8 @@ class LossesConfig:
         statistics, expert choice selects and capacity counts; 0: the whole batch. OLMoE: 4.
       count_masked: keep masked positions in the cross entropy's denominator (batch · length), as
         the code that trained OLMoE does; False divides by the real targets.
+      router_bias_rate: how far a step moves each bias of `model.router_bias`
+        (`training.balancing`); 0 leaves them as they are, as DeepSeek-V3 does towards the end.
     """
 
     load_balancing_weight: float = 0.01
@@ -211,10 +226,11 @@ class LossesConfig:
     load_balancing_group: int = 0
     router_z_weight: float = 0.001
     count_masked: bool = False
+    router_bias_rate: float = 0.001
 
     def __post_init__(self):
         _at_least(self, "losses", 0, "load_balancing_weight", "load_balancing_group")
-        _at_least(self, "losses", 0, "router_z_weight")
+        _at_least(self, "losses", 0, "router_z_weight", "router_bias_rate")
         convention = self.load_balancing_convention
         _one_of("losses.load_balancing_convention", convention, LOAD_BALANCING_CONVENTIONS)
 

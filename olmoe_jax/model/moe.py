@@ -44,6 +44,8 @@ class MoE(nn.Module):
     capacity_factor: float
     group: int
     kernel_init: nn.initializers.Initializer
+    router_scores: str = "softmax"
+    router_bias: bool = False
 
     @nn.compact
     def __call__(self, x, token_mask, override=None):
@@ -62,9 +64,14 @@ class MoE(nn.Module):
             "bld,de->ble", x.astype(self.router_dtype), w_router.astype(self.router_dtype),
             precision=jax.lax.Precision.HIGHEST,
         )  # fmt: skip
+        bias = None
+        if self.router_bias:  # no gradient reaches it: `training.balancing` moves it
+            bias = self.param("router_bias", nn.initializers.zeros, (e,), jnp.float32)
+            bias = bias.astype(jnp.float32)
         routed = routing.route(
             router_logits, token_mask, router=self.router, k=self.num_experts_per_token,
-            normalize=self.normalize_expert_weights, group=self.group, override=override,
+            normalize=self.normalize_expert_weights, group=self.group, scores=self.router_scores,
+            bias=bias, override=override,
         )  # fmt: skip
         shapes = {"w_gate": (e, d, f), "w_up": (e, d, f), "w_down": (e, f, d)}
         weights = {

@@ -8,6 +8,7 @@ Letters: b batch, l length, e experts, k chosen experts.
 """
 
 import difflib
+import inspect
 
 import flax.struct
 import jax
@@ -20,7 +21,7 @@ class Routing:
     """Where every token goes.
 
     Attributes:
-      logits: float32 [..., experts], before the softmax.
+      logits: float32 [..., experts], before they become scores.
       expert_ids: int32 [..., k], by falling weight under token choice; −1 where there is no expert
         (padding, and under expert choice, where k = experts, every expert that did not choose the
         token).
@@ -44,8 +45,8 @@ class RoutingOverride:
       muted: bool [layers, experts]; such an expert is chosen as before and its output dropped, as
         if its down projection were zero. The weights of the token's other experts stay as they are,
         also in a model that divides them by their sum.
-      excluded: bool [layers, experts]; logit −inf before the softmax: tokens go to the next most
-        probable expert, and the probabilities of all that are left grow so that they sum to one.
+      excluded: bool [layers, experts]; logit −inf: tokens go to the next best expert, and softmax
+        scores of all that are left grow so that they sum to one.
       random_seed: int32 [layers]; if not negative, every token goes to k experts drawn uniformly,
         whatever it is, with the weights that the router gave to its own k. Token choice only.
     """
@@ -76,32 +77,64 @@ def num_groups(batch, group) -> int:
     return batch // group if group else 1
 
 
-def token_choice(router_logits, token_mask, *, k, normalize, group):
-    """Each token takes its k most probable experts; nothing is dropped.
+SCORES = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
+LEAST_SUM = 1e-20  # of sigmoids, which may all vanish; lost in any sum of softmax values
+
+
+def probabilities(router_logits, scores):
+    """The scores of all experts, divided by their sum: what balance is measured on.
+
+    Args:
+      router_logits: float32 [..., e].
+      scores: a key of SCORES.
+    Source: DeepSeek-V3 (arXiv 2412.19437), equation 19, whose balance loss does this to sigmoids.
+    """
+    found = SCORES[scores](router_logits)
+    if scores == "softmax":
+        return found  # sums to one already
+    return found / (jnp.sum(found, axis=-1, keepdims=True) + LEAST_SUM)
+
+
+def token_choice(
+    router_logits, token_mask, *, k, normalize, group, scores="softmax", bias=None
+):  # fmt: skip
+    """Each token takes the k experts of the highest scores; nothing is dropped.
 
     Args:
       router_logits: float32 [b, l, e].
       token_mask: bool [b, l]; not used here (`route` removes padding from every router's choice).
       k: experts per token.
-      normalize: divide the k probabilities by their sum (Mixtral); OLMoE keeps the raw softmax
-        values.
+      normalize: divide the k scores by their sum (Mixtral, DeepSeek-V3); OLMoE keeps the raw
+        softmax values.
       group: not used: each token chooses alone.
+      scores: a key of SCORES.
+      bias: float32 [e], added to the scores for the choice alone; weights are of the scores
+        without it. None: no bias.
     Source: OLMoE (arXiv 2409.02060). Softmax over all experts comes first, then top-k; equal
-      probabilities go to the lowest expert id.
+      scores go to the lowest expert id. Sigmoid and bias: DeepSeek-V3 (arXiv 2412.19437, equations
+      13 to 16); the bias is by Wang et al. (arXiv 2408.15664, equation 3).
     """
     del token_mask, group
-    probs = jax.nn.softmax(router_logits)
-    _, expert_ids = jax.lax.top_k(jax.lax.stop_gradient(probs), k)
+    affinity = SCORES[scores](router_logits)
+    _, expert_ids = jax.lax.top_k(jax.lax.stop_gradient(_biased(affinity, bias)), k)
+    if bias is not None:  # in order of weight, as without one
+        unbiased = jnp.take_along_axis(jax.lax.stop_gradient(affinity), expert_ids, axis=-1)
+        order = jnp.argsort(unbiased, axis=-1, descending=True)
+        expert_ids = jnp.take_along_axis(expert_ids, order, axis=-1)
     expert_ids = ad_checkpoint.checkpoint_name(expert_ids, "expert_ids")
-    weights = jnp.take_along_axis(probs, expert_ids, axis=-1)
+    weights = jnp.take_along_axis(affinity, expert_ids, axis=-1)
     if normalize:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + LEAST_SUM)
     return Routing(router_logits, expert_ids, weights, expert_ids.size)
 
 
-def expert_choice(router_logits, token_mask, *, k, normalize, group):
+def _biased(affinity, bias):
+    return affinity if bias is None else affinity + bias
+
+
+def expert_choice(router_logits, token_mask, *, k, normalize, group, scores="softmax"):
     """Each expert takes the k · tokens / experts tokens of a group that give it the highest
-    probability.
+    score.
 
     Perfectly balanced, but not causal: whether a token is computed depends on later ones.
 
@@ -114,16 +147,16 @@ def expert_choice(router_logits, token_mask, *, k, normalize, group):
     """
     b, length, experts = router_logits.shape
     tokens = b // num_groups(b, group) * length
-    probs = jax.nn.softmax(router_logits)
-    scores = jnp.where(token_mask[..., None], probs, -1.0).reshape(-1, tokens, experts)
+    affinity = SCORES[scores](router_logits)
+    real = jnp.where(token_mask[..., None], affinity, -1.0).reshape(-1, tokens, experts)
     per_expert = max(1, k * tokens // experts)
-    _, chosen = jax.lax.top_k(jnp.swapaxes(scores, 1, 2), per_expert)  # [groups, e, per_expert]
+    _, chosen = jax.lax.top_k(jnp.swapaxes(real, 1, 2), per_expert)  # [groups, e, per_expert]
     chosen = ad_checkpoint.checkpoint_name(chosen, "expert_ids")
     group_index, expert_index = jnp.ogrid[: chosen.shape[0], :experts]
-    selected = jnp.zeros(scores.shape, bool)
+    selected = jnp.zeros(real.shape, bool)
     selected = selected.at[group_index[..., None], chosen, expert_index[..., None]].set(True)
     selected = selected.reshape(b, length, experts) & token_mask[..., None]
-    weights = jnp.where(selected, probs, 0.0)
+    weights = jnp.where(selected, affinity, 0.0)
     if normalize:
         weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-9)
     expert_ids = jnp.where(selected, jnp.arange(experts, dtype=jnp.int32), -1)
@@ -149,22 +182,33 @@ def get(name):
 
 
 def route(
-    router_logits, token_mask, *, router, k, normalize=False, group=0, override=None
-) -> Routing:
+    router_logits, token_mask, *, router, k, normalize=False, group=0, scores="softmax", bias=None,
+    override=None,
+) -> Routing:  # fmt: skip
     """Routing of every token by the router named `router`; padding gets no expert.
 
-    `override` is the `RoutingOverride` of this layer; the logits returned are those that were used.
+    `scores` and `bias` are as of `token_choice`; a router without such an argument is not asked for
+    it where they are not set. `override` is the `RoutingOverride` of this layer; the logits
+    returned are those that were used.
 
     The decision is named for `jax.checkpoint`: a layer that is recomputed in the backward pass
     reuses the saved logits, ids and weights (`SAVED_NAMES`). Recomputed logits may differ in the
     last bit and choose another expert on a near-tie; the backward pass would then belong to
     another model.
+
+    Raises:
+      ValueError: there is no such router, or it cannot do with scores or bias.
     """
     name = ad_checkpoint.checkpoint_name
     router_logits = name(router_logits.astype(jnp.float32), "router_logits")
     if override is not None:
         router_logits = jnp.where(override.excluded, -jnp.inf, router_logits)
-    routing = get(router)(router_logits, token_mask, k=k, normalize=normalize, group=group)
+        if bias is not None:  # a score of zero and a large bias would bring it back
+            bias = jnp.where(override.excluded, -jnp.inf, bias)
+    options = _options(router, scores, bias)
+    routing = get(router)(
+        router_logits, token_mask, k=k, normalize=normalize, group=group, **options
+    )
     if override is not None:
         routing = _overridden(routing, override, router)
     real = token_mask[..., None]
@@ -172,6 +216,19 @@ def route(
         expert_ids=name(jnp.where(real, routing.expert_ids, -1), "expert_ids"),
         weights=name(jnp.where(real, routing.weights, 0.0), "expert_weights"),
     )
+
+
+def _options(router, scores, bias):
+    """Of `scores` and `bias` those that are set, if the router takes them."""
+    options = {} if scores == "softmax" else {"scores": scores}
+    options |= {} if bias is None else {"bias": bias}
+    taken = inspect.signature(get(router)).parameters
+    if lacking := [name for name in options if name not in taken]:
+        raise ValueError(
+            f"config.model.router is {router!r}: it takes no {lacking[0]} "
+            f"(config.model.router_{lacking[0]}); leave that at its default"
+        )
+    return options
 
 
 def _overridden(routing, override, router):

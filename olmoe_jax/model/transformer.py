@@ -73,6 +73,7 @@ class Block(nn.Module):
             y, routed = moe.MoE(
                 num_experts=c.num_experts, num_experts_per_token=c.num_experts_per_token,
                 num_shared_experts=c.num_shared_experts, d_ff=c.d_ff, router=c.router,
+                router_scores=c.router_scores, router_bias=c.router_bias,
                 normalize_expert_weights=c.normalize_expert_weights,
                 router_dtype=jnp.dtype(c.router_dtype), expert_backend=c.expert_backend,
                 capacity_factor=c.capacity_factor, group=self.routing_group,

@@ -86,6 +86,8 @@ def port(input, output, *, to, dtype=None, strict=False, announce=print) -> Resu
     source = sources.open_source(input)
     if output.is_relative_to(os.path.abspath(source.path)):
         raise ValueError(f"{output}: lies in the input {source.path}; name another --output")
+    if to != ORBAX:
+        source = sources.without_biases(source)
     leaves = {n: (shape, dtype or own) for n, (shape, own) in source.leaves.items()}
     foreign = None if to == ORBAX else _describe(source, to, dtype, leaves)
     total = sum(safetensors.num_bytes(kind, shape) for shape, kind in leaves.values())

@@ -4,6 +4,7 @@ Both answer in our terms: stored arrays (`layers/00/moe/w_gate`, see `checkpoint
 window at a time.
 """
 
+import copy
 import dataclasses
 import json
 import os
@@ -238,6 +239,30 @@ class Checkpoint:
         window = _bounds(window, self.leaves[name][0])
         rows = self._reader.read(name, *window[0])
         return rows[(slice(None), *(slice(*bounds) for bounds in window[1:]))]
+
+
+def without_biases(source):
+    """A source without router biases, for formats that have none: itself, or a view of it.
+
+    Biases that are all zero change no choice, so the model without them is the same.
+
+    Raises:
+      ValueError: there are some that are not zero.
+    """
+    if not source.config.model.router_bias:
+        return source
+    biases = [name for name in source.leaves if name.endswith("/router_bias")]
+    if moved := [name for name in biases if np.any(source.read(name))]:
+        raise ValueError(
+            f"{source.path}: {len(moved)} of its {len(biases)} router biases are not zero "
+            f"({moved[0]}, …): no class of that format adds a bias to the choice of experts "
+            "(config.model.router_bias); it can be ported to orbax alone"
+        )
+    view = copy.copy(source)
+    view.leaves = {name: leaf for name, leaf in source.leaves.items() if name not in biases}
+    model = dataclasses.replace(source.config.model, router_bias=False)
+    view.config = dataclasses.replace(source.config, model=model)
+    return view
 
 
 def check_hashes(source):

@@ -10,8 +10,8 @@ _NOT_THE_FUNCTION = (
     "vocab_size", "vocab_multiple", "dtype", "router_dtype", "remat", "init_std", "init_cutoff",
 )  # fmt: skip
 _OF_EXPERTS = (
-    "num_experts_per_token", "num_shared_experts", "moe_every", "router",
-    "normalize_expert_weights", "expert_backend", "capacity_factor",
+    "num_experts_per_token", "num_shared_experts", "moe_every", "router", "router_scores",
+    "router_bias", "normalize_expert_weights", "expert_backend", "capacity_factor",
 )  # fmt: skip
 
 

@@ -45,6 +45,8 @@ def verify(input_path, output_path, *, announce=print) -> tuple[str, ...]:
       checkpoints.DamagedError: bytes of the input or the output are not those that were written.
     """
     source, target = sources.open_source(input_path), sources.open_source(output_path)
+    if not target.config.model.router_bias:
+        source = sources.without_biases(source)
     announce(f"verifying: {target.path}")
     noted = (epath.Path(source.path) / manifest.FOLDER).is_dir()
     return (

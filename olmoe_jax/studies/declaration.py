@@ -13,7 +13,8 @@ from typing import Any
 from olmoe_jax import config as config_lib
 from olmoe_jax.studies import equality, scales
 
-# Metrics that a verdict can be about: name in metrics.jsonl → unit. Lower is better in all.
+# Metrics that a verdict can be about: name in metrics.jsonl (the last two: `causality`) → unit.
+# Lower is better in all.
 METRICS = {
     "validation/loss": "nats per token",
     "validation/bits_per_byte": "bits per byte",
@@ -21,11 +22,13 @@ METRICS = {
     "validation/load_balancing_loss": "× balanced",
     "validation/router_z_loss": "nats²",
     "validation/dead_experts": "experts",
+    "validation/future_dependence": "nats per token",
+    "validation/future_advantage": "nats per token",
 }
 _DOMAIN_METRIC = re.compile(r"validation/([^/]+)/(loss|bits_per_byte)")
 MEASURES = ("final", "tokens", "flops", "seconds")
 DIRECTIONS = ("lower", "higher", "equal")
-RESERVED = ("data", "pilot")  # folders of a study's workdir beside those of its arms
+RESERVED = ("data", "pilot", "routing")  # folders of a study's workdir beside those of its arms
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 

@@ -23,6 +23,7 @@ def build(plan, found, findings, content) -> str:
     if any(f.outcome.measure == "final" for f in findings):
         blocks.append(_differences(findings))
     blocks += [_cost_table(content), _run_table(content), _health_table(content)]
+    blocks.append(_routing_table(content))
     blocks += [chart for name in ("router/max_load", "router/normalized_entropy")
                if (chart := _health_chart(plan, found, name))]  # fmt: skip
     blocks.append(reporting.Prose(title="How it was done", paragraphs=_method(plan, content)))
@@ -107,7 +108,9 @@ def _bands(plan, found, metric, x_of):
 
 
 def _curves(plan, found, metric):
-    """A metric over tokens, training FLOPs and seconds."""
+    """A metric over tokens, training FLOPs and seconds; nothing of one that has a single value."""
+    if all(len(run.curve(metric).tokens) < 2 for run in found.values() if not run.problem):
+        return []
     unit = declaration.unit_of(metric)
     axes = {
         "tokens": lambda mine: mine[0].curve(metric).tokens,
@@ -197,6 +200,39 @@ def _run_table(content):
     columns = ("arm", "learning rate", "tokens", "training", "tokens/s", "time", "diverged runs")
     note = "Speed: median over steps, mean over seeds, on the machine of the runs."
     return reporting.Table(title="Each run", columns=columns, rows=tuple(rows), note=note)
+
+
+def _routing_table(content):
+    """What the routers do, by `routing.measure`."""
+    rows, tokens = [], None
+    for arm, row in content["routing"].items():
+        if "left_out" in row:
+            rows.append((arm, row["left_out"], *["–"] * 3))
+            continue
+        tokens = row["tokens"]
+        early = ", ".join(f"{value:.0%} at {float(share):.0%}"
+                          for share, value in row["saturation"].items())  # fmt: skip
+        matched = "–"
+        if row["matching"] is not None:
+            matched = f"{row['matching']:.3f} ({row['matching_chance']:.3f})"
+        rows.append(
+            (
+                arm,
+                early or "–",
+                f"{row['saturation_chance']:.0%}",
+                f"{row['specialisation']:.3f} ({row['specialisation_chance']:.3f})",
+                matched,
+            )
+        )
+    columns = ("arm", "choices as at the end, after a share of training", "by chance",
+               "domains' distance from even (chance)", "experts of two seeds (chance)")  # fmt: skip
+    note = (
+        "Means over layers and seeds. Distance: half the sum over experts of |share of a domain's "
+        "choices − 1 / experts|. Two seeds: Jaccard index of the tokens of matched experts."
+    )
+    if tokens is not None:
+        note = f"On {tokens:,} tokens of the validation split. {note}"
+    return reporting.Table(title="Inside the routers", columns=columns, rows=tuple(rows), note=note)
 
 
 def _health_table(content):

@@ -7,7 +7,16 @@ import math
 import numpy as np
 
 from olmoe_jax import reporting
-from olmoe_jax.studies import bigram, declaration, equality, page, results, runner, verdict
+from olmoe_jax.studies import (
+    bigram,
+    declaration,
+    equality,
+    page,
+    results,
+    routing,
+    runner,
+    verdict,
+)
 from olmoe_jax.training import metrics, runs
 
 DATA, PAGE, BIGRAM = "report.json", "report.html", "bigram.json"
@@ -34,6 +43,7 @@ def write(plan, *, protocol=None, notes=(), announce=print) -> dict:
     bigram_loss = baseline["validation/bigram_loss"]
     findings = [verdict.judge(o, found, bigram_loss=bigram_loss) for o in plan.study.outcomes]
     content = summary(plan, found, findings, baseline, protocol, notes)
+    content["routing"] = routing.measure(plan, found, announce=announce)
     runner.write_json(plan.workdir / DATA, content)
     reporting.write(plan.workdir / PAGE, page.build(plan, found, findings, content))
     return content

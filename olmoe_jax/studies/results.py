@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from olmoe_jax.studies import declaration
+from olmoe_jax.studies import causality, declaration
 from olmoe_jax.training import metrics, runs
 
 DIVERGED = "diverged.json"
@@ -95,6 +95,9 @@ def read_run(path, arm, seed) -> Run:
     for name, pairs in points.items():
         steps, values = np.asarray(pairs, np.float64).T
         curves[name] = Curve(tokens=steps * config.tokens_per_step, values=values)
+    for name, value in causality.read(path).items():  # of the last checkpoint alone
+        end = np.float64([last * config.tokens_per_step])
+        curves[name] = Curve(tokens=end, values=np.float64([value]))
     seconds = np.full(last, config.tokens_per_step / np.median(list(rates.values())))
     for step, rate in rates.items():
         seconds[step : step + 1] = config.tokens_per_step / rate

@@ -4,6 +4,7 @@
     WORKDIR/data/                  the embedded corpus, once for all runs
     WORKDIR/ARM/seed_N/            an ordinary training run
     WORKDIR/pilot/ARM/rate_R/seed_N/   the pilot's
+    WORKDIR/routing/               traces of what the routers do (`routing`)
     WORKDIR/{protocol,report}.json, report.html
 
 Any number of processes and machines may work in one workdir: a run belongs to whoever locks its
@@ -22,7 +23,7 @@ import jax
 
 from olmoe_jax import checkpoints
 from olmoe_jax.data import pipeline
-from olmoe_jax.studies import declaration, documents, equality, results
+from olmoe_jax.studies import causality, declaration, documents, equality, results
 from olmoe_jax.training import loop, machine, metrics, preflight, runs
 
 MARKER = "study.json"
@@ -61,12 +62,18 @@ class Plan:
         return declaration.changed(config, {"training.initial_checkpoint": start})
 
     def is_done(self, arm, seed) -> bool:
-        """Whether a run has finished, its documents too, or has diverged."""
+        """Whether a run has finished and was measured behind its end, or has diverged."""
         path = self.path(arm, seed)
         if (path / results.DIVERGED).is_file():
             return True
         finished = runs.finished_record(path, self.config(arm, seed)) is not None
-        return finished and (path / results.DOCUMENTS).is_file()
+        files = [results.DOCUMENTS, *([causality.FILE] if self.needs_causality else [])]
+        return finished and all((path / file).is_file() for file in files)
+
+    @property
+    def needs_causality(self) -> bool:
+        """Whether an outcome is about how losses depend on the text behind."""
+        return causality.is_asked_for(self.study)
 
     @property
     def remaining(self) -> list[tuple[str, int]]:
@@ -178,9 +185,13 @@ def describe(plan) -> str:
         + ("" if len(plan.seeds) > 1 else "; one seed gives no interval"),
     ]
     if remaining:
-        seconds = sum(estimate(plan, arm, seed) for arm, seed in remaining)
-        lines.append(f"the rest takes about {metrics.duration(seconds)} (an estimate)")
+        lines.append(f"the rest takes about {metrics.duration(seconds_left(plan))} (an estimate)")
     return "\n".join(lines)
+
+
+def seconds_left(plan) -> float:
+    """Seconds that the runs will take that are still to be made: `estimate` of each."""
+    return sum(estimate(plan, arm, seed) for arm, seed in plan.remaining)
 
 
 def estimate(plan, arm, seed) -> float:
@@ -219,7 +230,10 @@ def make_runs(plan, *, arm=None, seed=None, devices=None, announce=print) -> int
                 announce(f"{path}: another process is at it")
                 continue
             _prepare_start(plan, name, number_seed, config)
-            stopped = make_run(plan.workdir, path, config, devices=devices, announce=announce)
+            stopped = make_run(
+                plan.workdir, path, config, devices=devices, announce=announce,
+                causal=plan.needs_causality,
+            )  # fmt: skip
         if stopped is not None:
             return stopped
     return None
@@ -243,9 +257,13 @@ def _check_domains(plan, announce):
             )
 
 
-def make_run(workdir, path, config, *, devices=None, announce=print) -> int | None:
+def make_run(
+    workdir, path, config, *, devices=None, announce=print, causal=False
+) -> int | None:  # fmt: skip
     """One run to its end, with its losses by document; a diverged one is marked and counts as done.
 
+    Args:
+      causal: measure also what `causality` does.
     Returns:
       the signal that stopped it, or None.
     """
@@ -259,7 +277,23 @@ def make_run(workdir, path, config, *, devices=None, announce=print) -> int | No
     if result.finished:
         data = runs.open_data(config, path, announce)
         documents.measure(path, config, data, devices=devices)
+        if causal:
+            causality.measure(path, config, data, devices=devices)
     return result.signal
+
+
+def link_data(workdir, shared):
+    """Lets a study keep its embedded corpus in the folder `shared`, with other studies.
+
+    Nothing is done where the study has a `data` of its own.
+    """
+    if jax.process_index():
+        return
+    shared.mkdir(parents=True, exist_ok=True)
+    workdir.mkdir(parents=True, exist_ok=True)
+    target = workdir / "data"
+    if not target.exists() and not target.is_symlink():
+        target.symlink_to(os.path.relpath(shared, workdir), target_is_directory=True)
 
 
 def share_data(workdir, path, config, announce):

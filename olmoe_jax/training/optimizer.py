@@ -32,7 +32,7 @@ GRADIENT_GROUPS = (
     ("embedding", re.compile(r"^embedding$")),
     ("lm_head", re.compile(r"^lm_head$")),
     ("attention", re.compile(r"/attention/")),
-    ("router", re.compile(r"/moe/router$")),
+    ("router", re.compile(r"/moe/router(_bias)?$")),  # the bias has none: it adds nothing
     ("shared_experts", re.compile(r"/moe/shared/")),
     ("experts", re.compile(r"/moe/")),
     ("ffn", re.compile(r"/ffn/")),
@@ -78,12 +78,15 @@ def decay_mask(params, config):
     """Tree of bool like `params`: where weight decay applies.
 
     The reference run decays everything. `decay_norms=False` leaves out every norm scale, QK-norms
-    included; `decay_embeddings=False` the embedding and the head.
+    included; `decay_embeddings=False` the embedding and the head. A router's bias is never decayed:
+    the optimizer, which sees a gradient of zero, leaves it to `balancing`.
     """
 
     def decays(path, leaf):
         del leaf
         name = sharding.path_name(path)
+        if name.endswith("router_bias"):
+            return False
         if name.endswith("scale"):
             return config.decay_norms
         return config.decay_embeddings if name in ("embedding", "lm_head") else True

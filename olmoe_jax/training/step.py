@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from olmoe_jax import losses, sharding
 from olmoe_jax.model import transformer
-from olmoe_jax.training import optimizer
+from olmoe_jax.training import balancing, optimizer
 
 # What a train step reads of a batch; a validation step reads the domains too.
 TRAINING_FIELDS = ("tokens", "token_mask", "loss_mask")
@@ -65,7 +65,7 @@ def _statistics(routing, token_mask, config):
     return losses.routing_statistics(
         routing.logits, routing.expert_ids, token_mask,
         convention=config.losses.load_balancing_convention,
-        group=config.losses.load_balancing_group,
+        group=config.losses.load_balancing_group, scores=config.model.router_scores,
     )  # fmt: skip
 
 
@@ -227,6 +227,8 @@ def train_step(state, batch, *, model, config):
         params, opt_state = optimizer.update(
             config.optimizer, grads, state["opt_state"], state["params"], rate
         )
+    if config.model.router_bias:
+        params = balancing.move_biases(params, parts.load, config.losses.router_bias_rate)
     metrics = {
         "loss": parts.cross_entropy,
         "learning_rate": rate,

@@ -159,6 +159,38 @@ def test_other_architectures(changes, tmp_path):
     assert (found.info.checkpoint, found.info.step) == (suites.one(tmp_path / "run").name, 3)
 
 
+def test_sigmoid_scores_and_biases_are_recorded_as_the_model_computes_them(tmp_path):
+    run = _run(router_scores="sigmoid", router_bias=True, normalize_expert_weights=True)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(0.1, 0.5, x.shape), jnp.float32),
+        checkpoints.abstract_params(run.model),
+    )
+    with checkpoints.Checkpoints(tmp_path / "run", run) as kept:
+        kept.save_params(3, params)
+    ids = rng.integers(0, run.model.vocab_size, 400).astype(np.int32)
+    text = texts_lib.Text("a", ids, np.arange(400, dtype=np.int32) // 8, 8)
+    (found,) = _record(tmp_path / "run", [text], accumulate=models.Blocks, streamed=True)
+    model, params = olmoe_jax.load(tmp_path / "run")
+    routing = _apply(model, params, ids.reshape(-1, 8)).routing
+    logits, chosen = (
+        np.moveaxis(np.asarray(a).reshape(2, 400, -1), 0, 1)
+        for a in (routing.logits, routing.expert_ids)
+    )
+    block = trace.join(found.accumulated)
+    np.testing.assert_array_equal(block.expert_ids, chosen)
+    shares = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    shares /= shares.sum(-1, keepdims=True)
+    np.testing.assert_allclose(block.weights, np.take_along_axis(shares, chosen, -1), atol=FP32)
+    rounded = np.asarray(logits, jnp.bfloat16).astype(np.float64)
+    biased = 1 / (1 + np.exp(-rounded)) + np.asarray(
+        params["layers"]["block_0"]["moe"]["router_bias"]
+    )
+    again = np.sort(np.argsort(-biased, axis=-1, kind="stable")[..., :2])
+    changed = (again != np.sort(chosen)).any(-1).sum(0)
+    assert found.info.near_ties == tuple(changed) and 0 < changed.sum() < 40
+
+
 def test_all_four_kinds_of_directory_give_one_trace(tmp_path):
     tiny.make(tmp_path)
     ids = np.arange(20, dtype=np.int32)

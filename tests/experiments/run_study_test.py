@@ -55,6 +55,35 @@ def test_an_unknown_study_is_listed_against_what_there_is():
         assert f"{name:24s} {run_study.load(name).question}" in out
 
 
+def test_granularity_and_the_shared_expert_are_those_of_the_paper():
+    shapes = [(c.model.num_experts, c.model.num_experts_per_token, c.model.d_ff,
+               c.model.num_shared_experts)
+              for name in ("granularity", "shared_expert")
+              for c in run_study.load(name).configs("paper").values()]  # fmt: skip
+    assert shapes == [(8, 1, 8192, 0), (32, 4, 2048, 0), (64, 8, 1024, 0), (128, 16, 512, 0),
+                      (32, 4, 2048, 0), (31, 3, 2048, 1)]  # fmt: skip
+
+
+def test_several_studies_are_chosen_by_commas_and_all_are_all():
+    assert [s.name for s in run_study.choose("qk_norm,control")] == ["qk_norm", "control"]
+    assert [s.name for s in run_study.choose("all")] == run_study.names()
+    with pytest.raises(ValueError, match="a name occurs twice"):
+        run_study.choose("control,control")
+    status, _, error = run("--study=control,qk_norm", "--workdir=/nonexistent", "--arm=base")
+    assert status == 2 and error == "error: --arm=base: belongs to one --study\n"
+
+
+def test_a_dry_run_of_several_prints_what_each_and_all_cost(tmp_path):
+    status, out, error = run(
+        "--study=control,granularity", f"--workdir={tmp_path}", "--scale=smoke", "--dry_run"
+    )
+    assert status == 0, error
+    assert "study control (smoke)" in out and "top16_of_128" in out
+    assert "2 studies, runs in common made once: altogether about " in out and not list(
+        tmp_path.iterdir()
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -11,7 +11,7 @@ import pytest
 from olmoe_jax import checkpoints, config, loading
 from olmoe_jax.data import tokenizer as tokenizer_lib
 from olmoe_jax.model import transformer
-from olmoe_jax.porting import folders, port, safetensors
+from olmoe_jax.porting import folders, port, safetensors, verification
 from tests.porting import peers
 
 MODEL = config.ModelConfig(
@@ -111,6 +111,7 @@ def test_transformers_computes_the_same_logits_and_tokens(exported):
         ({"num_shared_experts": 1}, "num_shared_experts"),
         ({"router": "expert_choice"}, "router"),
         ({"num_layers": 4, "moe_every": 2}, "moe_every"),
+        ({"router_scores": "sigmoid"}, "router_scores"),
     ],
 )
 def test_a_model_that_no_class_computes_is_refused(tmp_path, change, lacking):
@@ -118,3 +119,24 @@ def test_a_model_that_no_class_computes_is_refused(tmp_path, change, lacking):
     with pytest.raises(ValueError, match=lacking):
         port.port(run, tmp_path / "hf", to="huggingface", announce=lambda line: None)
     assert not list(tmp_path.glob("hf*"))
+
+
+@pytest.mark.parametrize("to", ["huggingface", "olmo"])
+def test_router_biases_can_be_left_out_only_where_they_are_zero(tmp_path, to):
+    run = make_run(tmp_path, dataclasses.replace(MODEL, router_bias=True))
+    announced = {"announce": lambda line: None}
+    port.port(run, tmp_path / "zero", to=to, **announced)
+    _, plain = loading.load(tmp_path / "zero", dtype="float32")
+    model, params = loading.load(run)
+    assert not np.any(params["layers"]["block_0"]["moe"].pop("router_bias"))
+    jax.tree.map(np.testing.assert_array_equal, plain, params)
+    verification.verify(run, tmp_path / "zero", **announced)
+    params["layers"]["block_0"]["moe"]["router_bias"] = jnp.zeros((3, 7)).at[1, 4].set(1e-3)
+    with checkpoints.Checkpoints(run, checkpoints.read_config(checkpoints.find(run))) as kept:
+        kept.save_params(30, params)
+    with pytest.raises(ValueError, match="1 of its 3 router biases are not zero .layers/01/moe"):
+        port.port(run, tmp_path / "moved", to=to, **announced)
+    assert not list(tmp_path.glob("moved*"))
+    port.port(run, tmp_path / "orbax", to="orbax", **announced)
+    _, kept = loading.load(tmp_path / "orbax")
+    assert float(kept["layers"]["block_0"]["moe"]["router_bias"][1, 4]) == np.float32(1e-3)

@@ -1,0 +1,106 @@
+"""Does a token's loss depend on the text behind it? Measured by putting another text there.
+
+Under expert choice it does: an expert takes the best tokens of a batch, so later tokens decide
+which earlier ones are computed. In text that is being generated there are no later tokens.
+"""
+
+import functools
+import json
+import os
+import pathlib
+
+import jax
+import numpy as np
+
+from olmoe_jax import checkpoints, sharding
+from olmoe_jax.data import pipeline
+from olmoe_jax.model import transformer
+from olmoe_jax.training import step as step_lib
+
+FILE = "causality.json"
+DEPENDENCE = "validation/future_dependence"
+ADVANTAGE = "validation/future_advantage"
+
+
+def measure(workdir, config, data, *, devices=None):
+    """Writes DEPENDENCE and ADVANTAGE of a run's last checkpoint to WORKDIR/causality.json.
+
+    Of every validation window the first half stays; behind it comes the second half of a window of
+    the next batch. Over the targets in first halves, with `own` and `other` their losses in nats
+    before and after:
+
+      future_dependence   mean |other − own|: 0 in a causal model, but for rounding
+      future_advantage    mean (other − own): what knowing the true future takes off the loss
+
+    Nothing is done where the file is there.
+
+    Args:
+      workdir: of a finished run of `config`.
+      data: its PreparedData.
+      devices: what the mesh is made of; default all.
+    """
+    target = pathlib.Path(workdir) / FILE
+    if target.is_file():
+        return
+    batch_size = config.training.batch_size // config.training.micro_batches
+    batches = pipeline.validation_batches(
+        data, num_windows=config.data.validation_windows, batch_size=batch_size
+    )
+    mesh = sharding.make_mesh(config.mesh, devices)
+    model = transformer.Transformer(config.model, routing_group=config.losses.load_balancing_group)
+    newest = checkpoints.list_checkpoints(workdir)[-1][1]
+    shardings = sharding.parameter_shardings(checkpoints.abstract_params(config.model), mesh)
+    with jax.set_mesh(mesh):
+        params = checkpoints.read_params(newest, config.model, shardings, dtype="float32")
+        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        step = jax.jit(
+            functools.partial(step_lib.target_losses, model=model), out_shardings=everywhere
+        )
+
+        def losses(batch):
+            placed = sharding.place_batch(
+                batch, sharding.batch_sharding(mesh), names=step_lib.TRAINING_FIELDS,
+                batch_size=batch_size,
+            )  # fmt: skip
+            return jax.device_get(step(params, placed))
+
+        differences = []
+        for batch, following in zip(batches, _following(batches), strict=True):
+            own, other = losses(batch), losses(with_other_future(batch, following))
+            half = batch["tokens"].shape[1] // 2
+            scored = batch["loss_mask"][:, 1:half]  # the targets of positions 0 … half − 2
+            differences.append((other - own)[:, : half - 1][scored])
+    if jax.process_index():
+        return
+    every = np.concatenate(differences).astype(np.float64)
+    content = {DEPENDENCE: float(np.abs(every).mean()), ADVANTAGE: float(every.mean())}
+    temporary = target.with_name(f"{FILE}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content) + "\n")
+    os.replace(temporary, target)
+
+
+def _following(batches):
+    """The batch behind each, the first behind the last; a single one with its rows shifted."""
+    if len(batches) == 1:
+        return [{name: np.roll(array, 1, axis=0) for name, array in batches[0].items()}]
+    return [*batches[1:], batches[0]]
+
+
+def with_other_future(batch, other) -> dict:
+    """A batch whose second halves are those of another batch of the same shape."""
+    half = batch["tokens"].shape[1] // 2
+    return {
+        name: np.concatenate([batch[name][:, :half], other[name][:, half:]], axis=1)
+        for name in step_lib.TRAINING_FIELDS
+    }
+
+
+def read(path) -> dict[str, float]:
+    """{metric: value} that `measure` wrote for a run; empty if it has not."""
+    file = pathlib.Path(path) / FILE
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def is_asked_for(study) -> bool:
+    """Whether an outcome of a Study is about what is measured here."""
+    return any(outcome.metric in (DEPENDENCE, ADVANTAGE) for outcome in study.outcomes)

@@ -1,0 +1,128 @@
+"""What the routers of a study's arms do: measured on its finished runs, by `olmoe_jax.analysis`.
+
+    WORKDIR/routing/ARM/seed_N/STEP/DOMAIN/   routing traces, which make measuring again cheap
+
+A few thousand tokens of each domain of the validation split are recorded, at the last checkpoint
+and at those next to 10, 20 and 40 % of the training. Dense arms have no router; under expert choice
+a token's experts depend on the batch, so those arms are left out as well.
+"""
+
+import itertools
+
+import numpy as np
+
+from olmoe_jax.analysis import counts, domains, matching, recording, saturation, suites, texts
+from olmoe_jax.training import runs
+
+FOLDER = "routing"
+SHARES = (0.1, 0.2, 0.4)  # of the training, as in the paper's figure 20
+MAX_TOKENS = 4096  # of a domain
+
+
+def measure(plan, found, *, announce=print) -> dict:
+    """arm → what its routers do, as plain numbers, means over layers and seeds.
+
+    Args:
+      plan: a runner.Plan whose runs are done.
+      found: (arm, seed) → results.Run; diverged ones are left out.
+    Returns:
+      arm → {"left_out": why}, or a dict of
+        saturation: share of the training, as text → share of the last checkpoint's choices that
+          were already made there; `saturation_chance`: k / experts.
+        specialisation: half the sum over experts of |share of a domain's choices − 1 / experts|,
+          mean over domains; `specialisation_chance`: that of a random router on as many tokens.
+        matching: similarity (Jaccard) of the experts of two seeds, each with its match, mean over
+          pairs of neighbouring seeds, and `matching_chance`; None of a single seed.
+        tokens, domains: what it was measured on.
+      The definitions are those of `analysis.saturation`, `.domains` and `.matching`.
+    """
+    out, said = {}, False
+    for arm, config in plan.configs.items():
+        if why := _unfit(config.model):
+            out[arm] = {"left_out": why}
+            continue
+        mine = [found[arm, seed] for seed in plan.seeds if not found[arm, seed].problem]
+        if not mine:
+            out[arm] = {"left_out": "every run diverged"}
+            continue
+        if not said:
+            announce("recording what the routers do")
+            said = True
+        out[arm] = _arm(plan, arm, config, mine)
+    return out
+
+
+def _unfit(model):
+    """Why the routing of a model is not recorded; None if it is."""
+    if not model.num_experts:
+        return "dense"
+    if model.router != "token_choice":
+        return "a token's experts depend on the batch"
+    return None
+
+
+def _arm(plan, arm, config, mine):
+    one_of_its = runs.open_data(config, mine[0].path, _quiet)
+    text = texts.from_prepared(
+        one_of_its, context_length=config.data.sequence_length, max_tokens=MAX_TOKENS,
+        announce=_quiet,
+    )  # fmt: skip
+    last, early, spread = [], [], []
+    for run in mine:
+        folder = plan.workdir / FOLDER / arm / f"seed_{run.seed}"
+        recorded = [_record(one, text, folder) for one in _checkpoints(run.path, config)]
+        traces = [[one.trace for one in domain] for domain in recorded]
+        spread.append(domains.specialisation([one.accumulated.result() for one in recorded[-1]]))
+        if len(traces) > 1:
+            early.append(saturation.over_training(traces))
+        last.append(traces[-1])
+    pairs = [matching.by_routing(a, b).layers for a, b in itertools.pairwise(last)]
+    flat = [layer for layers in pairs for layer in layers]
+    k, experts = config.model.num_experts_per_token, config.model.num_experts
+    return {
+        "saturation": _saturation(early, config.training.num_steps),
+        "saturation_chance": k / experts,
+        "specialisation": _mean([one.topk.tv.value for one in spread]),
+        "specialisation_chance": _mean([one.topk.random[:, 0] for one in spread]),
+        "matching": _mean([layer.mean.value for layer in flat]) if flat else None,
+        "matching_chance": _mean([layer.chance for layer in flat]) if flat else None,
+        "tokens": sum(len(one.tokens) for one in text),
+        "domains": [one.domain for one in text],
+    }
+
+
+def _checkpoints(path, config):
+    """The last checkpoint of a run, behind those next to SHARES, each once; step 0 is none."""
+    every = [one for one in suites.checkpoints_of(path) if one.step]
+    wanted = [share * config.training.num_steps for share in SHARES]
+    chosen = {min(every, key=lambda one, at=at: abs(one.step - at)).step for at in wanted}
+    return [one for one in every if one.step in chosen or one is every[-1]]
+
+
+def _record(checkpoint, text, folder):
+    """A sinks.Recorded per domain; what lies in the folder is not computed again."""
+
+    def counter(info):
+        return counts.Counter(info, vocabulary=False)
+
+    output = folder / str(checkpoint.step)
+    return list(recording.record(checkpoint, text, output, accumulate=counter, announce=_quiet))
+
+
+def _saturation(seeds, num_steps):
+    """{share of the training, as text: mean over layers and seeds}."""
+    if not seeds:
+        return {}
+    points = zip(*(one.against_final for one in seeds), strict=True)
+    return {
+        f"{point[0].step / num_steps:.2g}": _mean([one.topk.value for one in point])
+        for point in points
+    }
+
+
+def _mean(arrays):
+    return float(np.mean(arrays))
+
+
+def _quiet(line):
+    del line

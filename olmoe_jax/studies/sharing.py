@@ -1,0 +1,104 @@
+"""Runs that several studies have in common are made once: the other studies link to them.
+
+Most studies have an arm that changes nothing. Verdicts that share an arm are not independent of
+each other, which each report says (`notes`).
+"""
+
+import contextlib
+import os
+import pathlib
+
+import jax
+
+from olmoe_jax.studies import results, runner
+from olmoe_jax.training import runs
+
+
+def adopt(plan, workdirs):
+    """Makes runs of a plan that are still to be made links to finished ones of other studies.
+
+    A run is taken if every setting is the same, seed and data included, and it starts from nothing.
+    No run stands for two arms of one study: arms that are alike are there to be compared. Where
+    several processes make each run together nothing is taken: all must see the same runs done.
+
+    Args:
+      plan: a runner.Plan.
+      workdirs: of studies; the plan's own among them is left out.
+    """
+    if jax.process_count() > 1:
+        return
+    known, used = _finished(plan, workdirs), {path.resolve() for path in _links(plan).values()}
+    for arm, seed in plan.remaining:
+        path = plan.path(arm, seed)
+        if path.is_symlink() and not path.exists():
+            path.unlink()  # what it was a link to is gone
+        source = known.get(plan.config(arm, seed))
+        if source is None or path.exists() or not plan.study.arm(arm).begins_anew:
+            continue
+        if source.resolve() in used or not _same_data(plan, source):
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            path.symlink_to(os.path.relpath(source, path.parent), target_is_directory=True)
+        used.add(source.resolve())
+
+
+def _finished(plan, workdirs):
+    """Config → workdir of a run that is done and no link."""
+    found = {}
+    for workdir in map(pathlib.Path, workdirs):
+        if workdir.resolve() == plan.workdir.resolve():
+            continue
+        for file in sorted(workdir.glob("*/seed_*/config.json")):
+            path = file.parent
+            if path.is_symlink() or not (path / results.DOCUMENTS).is_file():
+                continue
+            config, _ = runs.read_config(path)
+            if runs.finished_record(path, config) is not None:
+                found.setdefault(config, path)
+    return found
+
+
+def _same_data(plan, source):
+    """Whether a run's embedded corpus is the one that the plan's runs would read."""
+    config, _ = runs.read_config(source)
+    if config.data.path != "embedded":
+        return True
+    return (source / "data").resolve() == (plan.workdir / "data").resolve()
+
+
+def _links(plan):
+    """(arm, seed) → path of the runs that are links."""
+    every = {(arm, seed): plan.path(arm, seed) for seed in plan.seeds for arm in plan.configs}
+    return {run: path for run, path in every.items() if path.is_symlink()}
+
+
+def notes(plan) -> list[str]:
+    """What a reader should know of runs that were taken over; empty where there are none."""
+    taken = {}
+    for (arm, seed), path in _links(plan).items():
+        source = path.resolve()
+        origin = f"{source.parent.parent.name}/{source.parent.name}"
+        taken.setdefault((arm, origin), []).append(str(seed))
+    if not taken:
+        return []
+    listed = "; ".join(
+        f"{arm}, seeds {', '.join(seeds)}: {origin}" for (arm, origin), seeds in taken.items()
+    )
+    return [f"runs shared with other studies, where every setting is the same: {listed}"]
+
+
+def seconds_left(plan, planned) -> float:
+    """As `runner.seconds_left`, without the runs that studies before this one will have made.
+
+    Args:
+      planned: set of the Configs of those; this plan's are added to it.
+    """
+    seconds, own = 0.0, set()
+    for arm, seed in plan.remaining:
+        config = plan.config(arm, seed)
+        if config in own or config not in planned:
+            seconds += runner.estimate(plan, arm, seed)
+        own.add(config)
+    planned |= own
+    return seconds

@@ -1,0 +1,171 @@
+"""One table over studies, from their report.json files: what was asked, found, and in the paper.
+
+    reports = summary.read(["results/granularity/report.json", …])
+    rows = summary.rows(reports, known)
+    print(summary.markdown(rows))
+
+Nothing is judged anew: effects, intervals and verdicts are those of the reports.
+"""
+
+import json
+import pathlib
+
+from olmoe_jax import reporting
+from olmoe_jax.studies import runner
+
+NOT_RUN = "not run"
+DATA, TEXT, PAGE = "summary.json", "summary.md", "summary.html"
+_COLUMNS = ("study", "question", "scale", "comparison", "effect", "95 % interval", "seeds",
+            "the paper", "verdict")  # fmt: skip
+
+
+def read(paths) -> list[dict]:
+    """The contents of report.json files; a file that is not there is left out.
+
+    Raises:
+      ValueError: a file is no report of a study.
+    """
+    found = []
+    for path in map(pathlib.Path, paths):
+        if not path.is_file():
+            continue
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict) or not {"study", "outcomes"} <= set(content):
+            raise ValueError(f"{path}: not the report.json of a study")
+        found.append(content)
+    return found
+
+
+def rows(reports, known) -> list[dict]:
+    """A row per outcome of each report, and one for each study without a report.
+
+    Args:
+      reports: contents of report.json files, in any order; of a study there may be several.
+      known: study → {"question": …, "command": what runs it}, in the order of the table. A report
+        of another study comes behind.
+    Returns:
+      dicts with `study`, `question`, `scale`, `comparison`, `measure`, `metric`, `unit`, `effect`,
+      `low`, `high`, `n`, `paper`, `verdict`, `words`, `seeds_needed`, `pilot` (whether one fixed
+      the learning rates), `command`; None where there is no such value. Ratios are ratios, not
+      their logarithms.
+    """
+    order = [*known, *dict.fromkeys(r["study"] for r in reports if r["study"] not in known)]
+    out = []
+    for name in order:
+        mine = [report for report in reports if report["study"] == name]
+        command = known.get(name, {}).get("command")
+        if not mine:
+            empty = {"study": name, "question": known[name]["question"], "verdict": NOT_RUN}
+            out.append(dict.fromkeys(_FIELDS) | empty | {"command": command})
+        out += [_row(report, o, command) for report in mine for o in report["outcomes"]]
+    return out
+
+
+_FIELDS = (
+    "study", "question", "scale", "comparison", "measure", "metric", "unit", "effect", "low",
+    "high", "n", "paper", "verdict", "words", "seeds_needed", "pilot", "command",
+)  # fmt: skip
+
+
+def _row(report, outcome, command):
+    interval = outcome["interval"] or {"mean": None, "low": None, "high": None, "n": 0}
+    return {
+        "study": report["study"],
+        "question": report["question"],
+        "scale": report["scale"],
+        "comparison": outcome["title"],
+        "measure": outcome["measure"],
+        "metric": outcome["metric"],
+        "unit": outcome["unit"],
+        "effect": interval["mean"],
+        "low": interval["low"],
+        "high": interval["high"],
+        "n": interval["n"],
+        "paper": outcome["paper"] or None,
+        "verdict": outcome["agreement"],
+        "words": outcome["words"],
+        "seeds_needed": outcome["seeds_needed"],
+        "pilot": report["protocol"] is not None,
+        "command": command,
+    }
+
+
+def markdown(table) -> str:
+    """The rows of a summary as a Markdown table; a study that was not run stands with its command.
+
+    Args:
+      table: what `rows` returns.
+    """
+    lines = [f"| {' | '.join(_COLUMNS)} |", f"|{' --- |' * len(_COLUMNS)}"]
+    for cells in _cells(table, code="`{}`"):
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def page(table) -> str:
+    """The same as an HTML page, the sentences of the verdicts below the table."""
+    done = [row for row in table if row["verdict"] != NOT_RUN]
+    studies = list(dict.fromkeys(row["study"] for row in table))
+    count = len({row["study"] for row in done})
+    blocks = [
+        reporting.Table(
+            title="All studies", columns=_COLUMNS, rows=tuple(_cells(table)),
+            note="Differences are arm − other, lower is better; costs are ratios. Intervals: "
+            "Student's t over seeds.",
+        ),
+        *(
+            reporting.Prose(
+                title=f"{name}: {mine[0]['question']}",
+                paragraphs=tuple(f"{row['comparison']}. {row['words']}" for row in mine),
+            )
+            for name in studies
+            if (mine := [row for row in done if row["study"] == name])
+        ),
+    ]  # fmt: skip
+    return reporting.page("Studies", f"{count} of {len(studies)} studies run", blocks)
+
+
+def write(folder, table):
+    """Writes summary.json, summary.md and summary.html in a folder, each whole or not at all."""
+    folder = pathlib.Path(folder)
+    runner.write_json(folder / DATA, table)
+    reporting.write(folder / TEXT, markdown(table))
+    reporting.write(folder / PAGE, page(table))
+
+
+def _cells(table, code="{}"):
+    """Tuples of text, one per row; study and question stand once for consecutive rows."""
+    out, before = [], None
+    for row in table:
+        key = (row["study"], row["scale"])
+        name, question = ("", "") if key == before else (row["study"], row["question"])
+        before = key
+        if row["verdict"] == NOT_RUN:
+            how = f": {code.format(row['command'])}" if row["command"] else ""
+            out.append((name, question, *["–"] * 6, NOT_RUN + how))
+            continue
+        out.append(
+            (
+                name,
+                question,
+                row["scale"],
+                row["comparison"],
+                _number(row, row["effect"]),
+                "–" if row["low"] is None else
+                f"{_number(row, row['low'])} to {_number(row, row['high'])}",
+                str(row["n"]),
+                row["paper"] or "–",
+                row["verdict"] + _needed(row),
+            )
+        )  # fmt: skip
+    return out
+
+
+def _number(row, value):
+    if value is None:
+        return "–"
+    return f"{value:+.4f}" if row["measure"] == "final" else f"{value:.3g} ×"
+
+
+def _needed(row):
+    return "" if row["seeds_needed"] is None else f" (about {row['seeds_needed']} seeds would)"

@@ -1,0 +1,64 @@
+"""Runs that studies have in common, made once."""
+
+import jax
+import pytest
+
+from olmoe_jax import studies
+from olmoe_jax.studies import report, runner, sharing
+
+
+@pytest.fixture
+def other(finished, tmp_path):
+    """A Plan of another study with an arm of `finished`, twice, and an arm of its own."""
+    plan, _ = finished
+    eps = {"optimizer.eps": 1e-3}
+    study = studies.Study(
+        name="other", question="Is it the same?", base=plan.study.base, seeds=(1, 2),
+        arms=(studies.Arm(name="again"), studies.Arm(name="twin"),
+              studies.Arm(name="mine", changes=eps)),
+        outcomes=(studies.Outcome(arm="twin", against="again", expected="equal"),),
+    )  # fmt: skip
+    return runner.make_plan(study, tmp_path / "other", scale="smoke")
+
+
+def test_a_run_with_every_setting_the_same_is_a_link_and_a_twin_is_none(finished, other):
+    plan, _ = finished
+    sharing.adopt(other, [other.workdir, plan.workdir])
+    assert other.remaining == [("twin", 1), ("mine", 1), ("twin", 2), ("mine", 2)]
+    assert other.path("again", 2).resolve() == plan.path("good", 2).resolve()
+    (note,) = sharing.notes(other)
+    assert note.endswith("again, seeds 1, 2: planted/good") and sharing.notes(plan) == []
+    sharing.adopt(other, [plan.workdir])  # again: nothing is left that could be taken
+    assert len(other.remaining) == 4
+    runner.make_plan(other.study, other.workdir, scale="smoke")  # and it is not refused
+
+
+def test_a_link_to_a_run_that_is_gone_is_made_anew(finished, other):
+    plan, _ = finished
+    path = other.path("again", 1)
+    path.parent.mkdir(parents=True)
+    path.symlink_to("nowhere")
+    sharing.adopt(other, [])
+    assert not path.is_symlink()
+    sharing.adopt(other, [plan.workdir])
+    assert other.is_done("again", 1)
+
+
+def test_the_estimate_counts_runs_in_common_once(finished, other, monkeypatch):
+    plan, _ = finished
+    monkeypatch.setattr(runner, "estimate", lambda plan, arm, seed: 1.0)
+    planned = {plan.config(arm, seed) for arm in plan.configs for seed in plan.seeds}
+    assert sharing.seconds_left(other, set()) == 6
+    assert sharing.seconds_left(other, planned) == 4
+    assert other.config("mine", 1) in planned
+
+
+@pytest.mark.slow
+def test_a_study_with_links_is_judged(finished, other):
+    plan, _ = finished
+    quiet = {"announce": lambda line: None}
+    sharing.adopt(other, [plan.workdir])
+    runner.make_runs(other, devices=jax.devices()[:1], **quiet)
+    content = report.write(other, notes=sharing.notes(other), **quiet)
+    assert content["outcomes"][0]["interval"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert "planted/good" in content["notes"][0]
