@@ -140,18 +140,19 @@ def embed(table, tokens, config) -> np.ndarray:
     return table[tokens].astype(config.dtype)
 
 
-def apply_layer(params, x, token_mask, *, config, is_moe):
+def apply_layer(params, x, token_mask, segment_ids=None, *, config, is_moe):
     """One layer, compiled once for all layers of its kind.
 
     Args:
       params: of `Weights.layer`.
       x: [b, l, d], the compute dtype.
       token_mask: bool [b, l].
+      segment_ids: int32 [b, l] or None: as the Transformer takes them.
     Returns:
       ([b, l, d], Choices; None of a dense layer).
     """
     with _exact(config):
-        return _layer(params, x, token_mask, config=config, is_moe=is_moe)
+        return _layer(params, x, token_mask, segment_ids, config=config, is_moe=is_moe)
 
 
 def _exact(config):
@@ -160,10 +161,10 @@ def _exact(config):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "is_moe"))
-def _layer(params, x, token_mask, *, config, is_moe):
+def _layer(params, x, token_mask, segment_ids, *, config, is_moe):
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     block = transformer.Block(config, is_moe, routing_group=0)
-    x, routed, _ = block.apply({"params": params}, x, positions, None, token_mask)
+    x, routed, _ = block.apply({"params": params}, x, positions, segment_ids, token_mask)
     if routed is None:
         return x, None
     probs = jax.nn.softmax(routed.logits)

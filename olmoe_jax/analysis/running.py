@@ -42,19 +42,33 @@ class Batch:
         next_ids.reshape(-1)[: len(found)] = found
         return tokens, real, next_ids
 
+    def documents(self):
+        """int32 [size, length]: the document of every token, -1 behind the end of the text."""
+        length = self.text.context_length
+        out = np.full(self.size * length, -1, np.int32)
+        found = self.text.documents[self.first * length : (self.first + self.size) * length]
+        out[: len(found)] = found
+        return out.reshape(self.size, length)
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is to be computed: `state` is what changes when the model's files do."""
+    """What is to be computed: `state` is what changes when the model's files do; `mask_documents`
+    whether a token sees its own document only, as in the model's training."""
 
     checkpoint: suites.Checkpoint
     weights: layerwise.Weights
     batches: list[Batch]
     state: list
+    mask_documents: bool
 
     @property
     def config(self):
         return self.weights.config
+
+    def segment_ids(self, batch):
+        """Within which attention stays in a Batch; None: everywhere."""
+        return batch.documents() if self.mask_documents else None
 
     def identity(self):
         """What decides the activations of a batch, beside the batch: JSON values."""
@@ -94,11 +108,12 @@ def resident(job, batches, clock, bar):
         params = [weights.layer(i) for i in layers]
     for batch in batches:
         tokens, real, next_ids = batch.arrays()
+        segments = job.segment_ids(batch)
         with clock("layers"):
             x, chosen = layerwise.embed(table, tokens, config), []
             for i in layers:
                 x, choices = layerwise.apply_layer(
-                    params[i], x, real, config=config, is_moe=config.is_moe_layer(i)
+                    params[i], x, real, segments, config=config, is_moe=config.is_moe_layer(i)
                 )
                 chosen.append(jax.device_get(choices))
                 bar.update(batch.num_tokens / len(layers))
@@ -199,7 +214,9 @@ def _all_layers(job, group, files, clock, bar):
                 else:
                     x = files.read_activations(layer, i * size, (i + 1) * size)
             with clock("layers"):
-                x, choices = layerwise.apply_layer(params, x, real, config=config, is_moe=is_moe)
+                x, choices = layerwise.apply_layer(
+                    params, x, real, job.segment_ids(batch), config=config, is_moe=is_moe
+                )
                 x, choices = jax.device_get((x, choices))
             with clock("scratch"):
                 files.write_activations(layer + 1, i * size, x)

@@ -176,6 +176,9 @@ class DataConfig:
       start_step: first batch of the data order; an annealing or upcycled run continues from here.
       mask_repetitive_windows: leave windows out of the loss that repeat an n-gram of 1..13 tokens
         at least 32 times in a row, as the code that trained OLMoE does.
+      mask_documents: attention does not cross the borders of documents inside a window, in
+        training, validation and recorded analyses (`olmoe_jax.training.step` has the details). Off,
+        as OLMoE trained, a token sees all that precedes it in its window.
       workers: processes that read ahead; 0 reads in the training process.
       validation_windows: windows evaluated at every checkpoint, spread over the validation split;
         0: all.
@@ -186,6 +189,7 @@ class DataConfig:
     sequence_length: int = 4096
     start_step: int = 0
     mask_repetitive_windows: bool = False
+    mask_documents: bool = False
     workers: int = 0
     validation_windows: int = 64
 
