@@ -105,7 +105,7 @@ def resident(job, batches, clock, bar):
     config, weights, layers = job.config, job.weights, range(job.config.num_layers)
     with clock("weights"):
         table, head = weights.embedding(), weights.head()
-        params = [weights.layer(i) for i in layers]
+        params, shared = [weights.layer(i) for i in layers], weights.shared_experts()
     for batch in batches:
         tokens, real, next_ids = batch.arrays()
         segments = job.segment_ids(batch)
@@ -113,8 +113,9 @@ def resident(job, batches, clock, bar):
             x, chosen = layerwise.embed(table, tokens, config), []
             for i in layers:
                 x, choices = layerwise.apply_layer(
-                    params[i], x, real, segments, config=config, is_moe=config.is_moe_layer(i)
-                )
+                    params[i], x, real, segments, shared, config=config,
+                    is_moe=config.is_moe_layer(i),
+                )  # fmt: skip
                 chosen.append(jax.device_get(choices))
                 bar.update(batch.num_tokens / len(layers))
         chosen = [c for c in chosen if c is not None]
@@ -202,7 +203,7 @@ def _all_layers(job, group, files, clock, bar):
         bar.set_postfix_str(f"layer {layer + 1}/{count}")
         with clock("weights"):
             table = weights.embedding() if layer == 0 else None
-            params = weights.layer(layer)
+            params, shared = weights.layer(layer), weights.shared_experts()
         for i, batch in enumerate(group):
             if layer == files.layer and i < files.batch:
                 bar.update(batch.num_tokens / count)
@@ -215,7 +216,7 @@ def _all_layers(job, group, files, clock, bar):
                     x = files.read_activations(layer, i * size, (i + 1) * size)
             with clock("layers"):
                 x, choices = layerwise.apply_layer(
-                    params, x, real, job.segment_ids(batch), config=config, is_moe=is_moe
+                    params, x, real, job.segment_ids(batch), shared, config=config, is_moe=is_moe
                 )
                 x, choices = jax.device_get((x, choices))
             with clock("scratch"):
