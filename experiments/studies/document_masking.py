@@ -7,10 +7,9 @@ Paper: none. arXiv 2409.02060 reports no outcome; the released ablations have tw
 
 Each arm is validated as it was trained. So the masked arm also predicts with less in front of it,
 and the difference of losses is that of a model and its context together. The first token of a
-document is a target in both. Documents are as many per window as the data and the scale have it: of
-the embedded corpus, whose documents are longer than the laptop's windows of 256, few windows have a
-border, and the arms differ little. The same FLOPs are counted for both: blocks of scores that are
-masked out are computed all the same.
+document is a target in both. How much there is to see depends on the data: documents of the
+embedded corpus have some 2,000 tokens, so about a tenth of the laptop's windows of 256 has a
+border. The same FLOPs are counted for both: scores that are masked out are computed all the same.
 """
 
 from olmoe_jax import studies
