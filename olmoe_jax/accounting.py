@@ -20,7 +20,9 @@ class Parameters:
     Attributes:
       total: everything that is stored.
       active: what one token meets: k of the experts, the shared ones, and all the rest, embedding,
-        head and router included (OLMoE-1B-7B: 1,282,017,280).
+        head and router included (OLMoE-1B-7B: 1,282,017,280). With `share_experts_across_layers`
+        an expert counts in every layer, where it may be met again, as the code does with which
+        OLMoE's authors tried it: so FLOPs follow from it, and it may exceed `total`.
       embedding: the input embedding [v, d].
       head: the output head [v, d]; 0 where it is the embedding.
       norms: scales, which take part in no matrix product.
@@ -153,7 +155,7 @@ def num_params(config: ModelConfig) -> Parameters:
     norms = _norm_params(config)
     rest = embedding + head + norms + config.num_layers * _attention_params(config)
     return Parameters(
-        total=rest + _ffn_params(config, config.num_experts),
+        total=rest + _stored_ffn_params(config),
         active=rest + _ffn_params(config, config.num_experts_per_token),
         embedding=embedding,
         head=head,
@@ -345,6 +347,15 @@ def _norm_params(config):
 
 def _router_params(config):
     return config.num_moe_layers * config.d_model * config.num_experts
+
+
+def _stored_ffn_params(config):
+    """Of all layers, each parameter once."""
+    everywhere = _ffn_params(config, config.num_experts)
+    if not config.share_experts_across_layers:
+        return everywhere
+    again = (config.num_moe_layers - 1) * config.num_experts
+    return everywhere - again * 3 * config.d_model * config.d_ff
 
 
 def _ffn_params(config, experts):

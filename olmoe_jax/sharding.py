@@ -47,6 +47,9 @@ PARAMETER_AXES = (
     ("layers/*/moe/shared/w_gate", ("d_model", "d_ff")),
     ("layers/*/moe/shared/w_up", ("d_model", "d_ff")),
     ("layers/*/moe/shared/w_down", ("d_ff", "d_model")),
+    ("experts/w_gate", ("experts", "d_model", "d_ff")),  # of model.share_experts_across_layers
+    ("experts/w_up", ("experts", "d_model", "d_ff")),
+    ("experts/w_down", ("experts", "d_ff", "d_model")),
     ("layers/*/ffn/w_gate", ("d_model", "d_ff")),
     ("layers/*/ffn/w_up", ("d_model", "d_ff")),
     ("layers/*/ffn/w_down", ("d_ff", "d_model")),

@@ -19,6 +19,7 @@ KINDS = {
     "olmoe": {},
     "tied": {"tie_embeddings": True},
     "shared experts in every second layer": {"moe_every": 2, "num_shared_experts": 3},
+    "experts shared across layers": {"share_experts_across_layers": True},
     "dense": {"num_experts": 0},
     "biases of loss-free balancing": {"router_bias": True},
     "norms of heads": {"qk_norm_per_head": True, "norm_position": "post"},

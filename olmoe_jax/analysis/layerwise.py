@@ -23,6 +23,7 @@ BFLOAT16_ROUNDING = 2.0**-8  # at most, of a number
 _READERS = 2  # threads; each holds one slab (about 64 MB)
 _ALIGNMENT = 64  # bytes: such host memory XLA takes as it is, without a copy
 _GLOBAL = ("embedding", "lm_head", "final_norm")
+_SHARED = "experts"  # which all layers of a model with share_experts_across_layers use
 
 
 class Choices(typing.NamedTuple):
@@ -51,10 +52,13 @@ class Weights:
 
     def __init__(self, source, config):
         self._source, self.config = source, config
-        self._layers = {}
+        self._layers, self._shared, self._shared_read = {}, {}, None
         for name in source.leaves:
-            if name.split("/")[0] not in _GLOBAL:
-                _, index, rest = name.split("/", 2)
+            first, _, rest = name.partition("/")
+            if first == _SHARED:
+                self._shared[rest] = name
+            elif first not in _GLOBAL:
+                index, rest = rest.split("/", 1)
                 self._layers.setdefault(int(index), {})[rest] = name
 
     def num_bytes(self) -> int:
@@ -62,8 +66,9 @@ class Weights:
         return sum(self._size(name) for name in self._source.leaves)
 
     def layer_bytes(self) -> int:
-        """Of the largest layer."""
-        return max(sum(map(self._size, names.values())) for names in self._layers.values())
+        """Of the largest layer, and of experts that all layers share."""
+        layers = max(sum(map(self._size, names.values())) for names in self._layers.values())
+        return layers + sum(map(self._size, self._shared.values()))
 
     def embedding(self) -> np.ndarray:
         """[vocab, d_model] on the host, as stored: only rows of it are needed."""
@@ -72,6 +77,12 @@ class Weights:
     def layer(self, index):
         """Parameters of layer number `index`, as `transformer.Block` takes them."""
         return layout.unflatten({n: self._read(own) for n, own in self._layers[index].items()})
+
+    def shared_experts(self):
+        """Weights of the experts that all layers share, read once; None: they share none."""
+        if self._shared and self._shared_read is None:
+            self._shared_read = {name: self._read(own) for name, own in self._shared.items()}
+        return self._shared_read
 
     def head(self):
         """(parameters of the final norm, [vocab, d_model] of the head)."""
@@ -142,18 +153,24 @@ def embed(table, tokens, config) -> np.ndarray:
     return table[tokens].astype(config.dtype)
 
 
-def apply_layer(params, x, token_mask, *, config, is_moe):
+def apply_layer(
+    params, x, token_mask, segment_ids=None, expert_weights=None, *, config, is_moe
+):  # fmt: skip
     """One layer, compiled once for all layers of its kind.
 
     Args:
       params: of `Weights.layer`.
       x: [b, l, d], the compute dtype.
       token_mask: bool [b, l].
+      segment_ids: int32 [b, l] or None: as the Transformer takes them.
+      expert_weights: of `Weights.shared_experts`.
     Returns:
       ([b, l, d], Choices; None of a dense layer).
     """
     with _exact(config):
-        return _layer(params, x, token_mask, config=config, is_moe=is_moe)
+        return _layer(
+            params, x, token_mask, segment_ids, expert_weights, config=config, is_moe=is_moe
+        )
 
 
 def _exact(config):
@@ -162,10 +179,12 @@ def _exact(config):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "is_moe"))
-def _layer(params, x, token_mask, *, config, is_moe):
+def _layer(params, x, token_mask, segment_ids, expert_weights, *, config, is_moe):
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     block = transformer.Block(config, is_moe, routing_group=0)
-    x, routed, _ = block.apply({"params": params}, x, positions, None, token_mask)
+    x, routed, _ = block.apply(
+        {"params": params}, x, positions, segment_ids, token_mask, None, expert_weights
+    )
     if routed is None:
         return x, None
     probs = routing.probabilities(routed.logits, config.router_scores)

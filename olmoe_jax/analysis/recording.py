@@ -58,6 +58,8 @@ def record(
       announce: called with lines for a person.
 
     The model is computed dropless (`expert_backend` "auto"), also where training dropped tokens.
+    Where its run trained with `data.mask_documents`, a token sees its own document only; weights
+    from elsewhere see the whole window, as the released analyses do.
 
     Raises:
       FileNotFoundError, ValueError: model, texts or settings do not fit each other. OSError: the
@@ -84,6 +86,7 @@ def record(
         weights=layerwise.Weights(source, config),
         batches=_batches(texts, config, tokens_per_batch),
         state=source.state(),
+        mask_documents=source.config.data.mask_documents,
     )
     if streamed is None:
         streamed = _too_large(job)

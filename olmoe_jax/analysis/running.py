@@ -42,19 +42,33 @@ class Batch:
         next_ids.reshape(-1)[: len(found)] = found
         return tokens, real, next_ids
 
+    def documents(self):
+        """int32 [size, length]: the document of every token, -1 behind the end of the text."""
+        length = self.text.context_length
+        out = np.full(self.size * length, -1, np.int32)
+        found = self.text.documents[self.first * length : (self.first + self.size) * length]
+        out[: len(found)] = found
+        return out.reshape(self.size, length)
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is to be computed: `state` is what changes when the model's files do."""
+    """What is to be computed: `state` is what changes when the model's files do; `mask_documents`
+    whether a token sees its own document only, as in the model's training."""
 
     checkpoint: suites.Checkpoint
     weights: layerwise.Weights
     batches: list[Batch]
     state: list
+    mask_documents: bool
 
     @property
     def config(self):
         return self.weights.config
+
+    def segment_ids(self, batch):
+        """Within which attention stays in a Batch; None: everywhere."""
+        return batch.documents() if self.mask_documents else None
 
     def identity(self):
         """What decides the activations of a batch, beside the batch: JSON values."""
@@ -91,15 +105,17 @@ def resident(job, batches, clock, bar):
     config, weights, layers = job.config, job.weights, range(job.config.num_layers)
     with clock("weights"):
         table, head = weights.embedding(), weights.head()
-        params = [weights.layer(i) for i in layers]
+        params, shared = [weights.layer(i) for i in layers], weights.shared_experts()
     for batch in batches:
         tokens, real, next_ids = batch.arrays()
+        segments = job.segment_ids(batch)
         with clock("layers"):
             x, chosen = layerwise.embed(table, tokens, config), []
             for i in layers:
                 x, choices = layerwise.apply_layer(
-                    params[i], x, real, config=config, is_moe=config.is_moe_layer(i)
-                )
+                    params[i], x, real, segments, shared, config=config,
+                    is_moe=config.is_moe_layer(i),
+                )  # fmt: skip
                 chosen.append(jax.device_get(choices))
                 bar.update(batch.num_tokens / len(layers))
         chosen = [c for c in chosen if c is not None]
@@ -187,7 +203,7 @@ def _all_layers(job, group, files, clock, bar):
         bar.set_postfix_str(f"layer {layer + 1}/{count}")
         with clock("weights"):
             table = weights.embedding() if layer == 0 else None
-            params = weights.layer(layer)
+            params, shared = weights.layer(layer), weights.shared_experts()
         for i, batch in enumerate(group):
             if layer == files.layer and i < files.batch:
                 bar.update(batch.num_tokens / count)
@@ -199,7 +215,9 @@ def _all_layers(job, group, files, clock, bar):
                 else:
                     x = files.read_activations(layer, i * size, (i + 1) * size)
             with clock("layers"):
-                x, choices = layerwise.apply_layer(params, x, real, config=config, is_moe=is_moe)
+                x, choices = layerwise.apply_layer(
+                    params, x, real, job.segment_ids(batch), shared, config=config, is_moe=is_moe
+                )
                 x, choices = jax.device_get((x, choices))
             with clock("scratch"):
                 files.write_activations(layer + 1, i * size, x)

@@ -3,10 +3,10 @@
 The protocol is that of the scripts released with OLMoE (`run_moe_analysis.py`,
 `run_routing_analysis.py`): the documents of a domain one behind the other, no token put between
 them, cut every `context_length` tokens; a token sees what precedes it in its window, other
-documents included. Prepared data hold an end-of-document token behind each document; it is part of
-the stream, as it was in training. Differing from the scripts, the last window may be shorter than
-the others, and the true next token of a window's last token is that of the next window. Where the
-document ends there is none.
+documents included (unless the model was trained with `data.mask_documents`). Prepared data hold an
+end-of-document token behind each document; it is part of the stream, as it was in training.
+Differing from the scripts, the last window may be shorter than the others, and the true next token
+of a window's last token is that of the next window. Where the document ends there is none.
 """
 
 import dataclasses

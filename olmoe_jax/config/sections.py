@@ -47,6 +47,8 @@ class ModelConfig:
       num_experts: experts per MoE layer; 0 makes every layer dense.
       num_experts_per_token: k of the top-k choice; mean experts per token under expert choice.
       num_shared_experts: experts (each of width d_ff) that every token passes through, unweighted.
+      share_experts_across_layers: all MoE layers use the same `num_experts` experts, each with a
+        router of its own, and shared experts of its own if there are any.
       moe_every: every `moe_every`-th layer is MoE, the last of each group (1: all; 2: 1, 3, …).
       normalize_expert_weights: divide the k chosen scores by their sum (Mixtral does).
       router: a key of `olmoe_jax.model.routing.ROUTERS` (checked there: a new router is one file).
@@ -82,6 +84,7 @@ class ModelConfig:
     num_experts: int = 64
     num_experts_per_token: int = 8
     num_shared_experts: int = 0
+    share_experts_across_layers: bool = False
     moe_every: int = 1
     router: str = "token_choice"
     router_scores: str = "softmax"
@@ -121,6 +124,10 @@ class ModelConfig:
             _require(
                 self.num_shared_experts == 0, "model.num_shared_experts", self.num_shared_experts,
                 "must be 0 in a dense model (model.num_experts=0)",
+            )  # fmt: skip
+            _require(
+                not self.share_experts_across_layers, "model.share_experts_across_layers", True,
+                "a dense model (model.num_experts=0) has none to share",
             )  # fmt: skip
         _require(
             self.num_layers % self.moe_every == 0, "model.moe_every", self.moe_every,
@@ -189,6 +196,9 @@ class DataConfig:
       start_step: first batch of the data order; an annealing or upcycled run continues from here.
       mask_repetitive_windows: leave windows out of the loss that repeat an n-gram of 1..13 tokens
         at least 32 times in a row, as the code that trained OLMoE does.
+      mask_documents: attention does not cross the borders of documents inside a window, in
+        training, validation and recorded analyses (`olmoe_jax.training.step` has the details). Off,
+        as OLMoE trained, a token sees all that precedes it in its window.
       workers: processes that read ahead; 0 reads in the training process.
       validation_windows: windows evaluated at every checkpoint, spread over the validation split;
         0: all.
@@ -199,6 +209,7 @@ class DataConfig:
     sequence_length: int = 4096
     start_step: int = 0
     mask_repetitive_windows: bool = False
+    mask_documents: bool = False
     workers: int = 0
     validation_windows: int = 64
 

@@ -26,6 +26,33 @@ class FeedForward(nn.Module):
         return dense.product(hidden, w_down)
 
 
+def _expert_weights(param, init, shape):
+    """The experts' matrices, made by a module's `param`; `shape` is (experts, d_model, d_ff)."""
+    e, d, f = shape
+    shapes = {"w_gate": (e, d, f), "w_up": (e, d, f), "w_down": (e, f, d)}
+    return {name: param(name, init, s, jnp.float32) for name, s in shapes.items()}
+
+
+class SharedAcrossLayers(nn.Module):
+    """The weights of experts that all MoE layers use: what `MoE` takes as `expert_weights`.
+
+    Source: `share_experts` of the branch with which OLMoE's authors tried it (allenai/OLMo,
+      Muennighoff/OLMoSE b7b312a, `olmo/model.py`): one set of experts, a router in each layer. Its
+      `share_moe` shares the router too.
+    """
+
+    num_experts: int
+    d_model: int
+    d_ff: int
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self):
+        """dict of w_gate and w_up [e, d, f], w_down [e, f, d], float32."""
+        shape = (self.num_experts, self.d_model, self.d_ff)
+        return _expert_weights(self.param, self.kernel_init, shape)
+
+
 class MoE(nn.Module):
     """Router, experts and optional shared experts.
 
@@ -48,12 +75,13 @@ class MoE(nn.Module):
     router_bias: bool = False
 
     @nn.compact
-    def __call__(self, x, token_mask, override=None):
+    def __call__(self, x, token_mask, override=None, expert_weights=None):
         """
         Args:
           x: [b, l, d].
           token_mask: bool [b, l]; False (padding) gets no expert.
           override: `routing.RoutingOverride` of this layer, or None.
+          expert_weights: of `SharedAcrossLayers`; None: the layer has experts of its own.
         Returns:
           ([b, l, d], `routing.Routing` with leading dimensions b, l).
         """
@@ -73,13 +101,11 @@ class MoE(nn.Module):
             normalize=self.normalize_expert_weights, group=self.group, scores=self.router_scores,
             bias=bias, override=override,
         )  # fmt: skip
-        shapes = {"w_gate": (e, d, f), "w_up": (e, d, f), "w_down": (e, f, d)}
-        weights = {
-            name: self.param(name, self.kernel_init, s, jnp.float32) for name, s in shapes.items()
-        }
+        if expert_weights is None:
+            expert_weights = _expert_weights(self.param, self.kernel_init, (e, d, f))
         with jax.named_scope("experts"):
             y = experts.compute(
-                x, routed, weights, backend=self.expert_backend,
+                x, routed, expert_weights, backend=self.expert_backend,
                 capacity_factor=self.capacity_factor, group=self.group,
             )  # fmt: skip
         if self.num_shared_experts:

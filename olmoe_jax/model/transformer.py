@@ -54,7 +54,9 @@ class Block(nn.Module):
     routing_group: int
 
     @nn.compact
-    def __call__(self, x, positions, segment_ids, token_mask, override=None):
+    def __call__(
+        self, x, positions, segment_ids, token_mask, override=None, expert_weights=None
+    ):  # fmt: skip
         c, init = self.config, _kernel_init(self.config)
         attention_norm, ffn_norm = (
             norms.NORMS[c.norm](c.norm_eps, name=name) for name in ("attention_norm", "ffn_norm")
@@ -78,7 +80,7 @@ class Block(nn.Module):
                 router_dtype=jnp.dtype(c.router_dtype), expert_backend=c.expert_backend,
                 capacity_factor=c.capacity_factor, group=self.routing_group,
                 kernel_init=init, name="moe",
-            )(h, token_mask, override)  # fmt: skip
+            )(h, token_mask, override, expert_weights)  # fmt: skip
         else:
             y = moe.FeedForward(c.d_ff, init, name="ffn")(h)
         x += y if pre else ffn_norm(y)
@@ -109,12 +111,14 @@ class Layers(nn.Module):
     routing_group: int
 
     @nn.compact
-    def __call__(self, x, positions, segment_ids, token_mask, override):
+    def __call__(self, x, positions, segment_ids, token_mask, override, expert_weights):
         c, routings, rms = self.config, [], []
         block = nn.remat(Block, policy=_saved(c.remat), prevent_cse=False)  # inside a scan
         for p in range(c.moe_every):
             layer = block(c, c.is_moe_layer(p), self.routing_group, name=f"block_{p}")
-            x, routed, layer_rms = layer(x, positions, segment_ids, token_mask, override)
+            x, routed, layer_rms = layer(
+                x, positions, segment_ids, token_mask, override, expert_weights
+            )
             routings.append(routed)
             rms.append(layer_rms)
         return x, (routings[-1], jnp.stack(rms))
@@ -151,11 +155,13 @@ class Transformer(nn.Module):
         self.embedding = self.param("embedding", _kernel_init(c), shape, jnp.float32)
         if not c.tie_embeddings:
             self.lm_head = self.param("lm_head", _kernel_init(c), shape, jnp.float32)
+        if c.share_experts_across_layers:
+            self.experts = moe.SharedAcrossLayers(c.num_experts, c.d_model, c.d_ff, _kernel_init(c))
         scanned = nn.scan(
             Layers,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast),
             length=c.num_layers // c.moe_every,
         )
         self.layers = scanned(c, self.routing_group)
@@ -174,7 +180,10 @@ class Transformer(nn.Module):
         table = sharding.constrain(self.embedding.astype(self.config.dtype), "vocab", None)
         x = table[input_ids]
         x = sharding.constrain(x, "batch", None, None)
-        x, (routed, rms) = self.layers(x, positions, segment_ids, token_mask, routing_override)
+        shared = self.experts() if self.config.share_experts_across_layers else None
+        x, (routed, rms) = self.layers(
+            x, positions, segment_ids, token_mask, routing_override, shared
+        )
         return Features(self.final_norm(x), routed, rms.reshape(-1))
 
     def __call__(

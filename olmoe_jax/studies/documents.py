@@ -43,11 +43,12 @@ def measure(workdir, config, data, *, devices=None):
         params = checkpoints.read_params(newest, config.model, shardings, dtype="float32")
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         step = jax.jit(
-            functools.partial(step_lib.target_losses, model=model), out_shardings=everywhere
+            functools.partial(step_lib.target_losses, model=model, config=config),
+            out_shardings=everywhere,
         )
         for batch in batches:
             placed = sharding.place_batch(
-                batch, sharding.batch_sharding(mesh), names=step_lib.TRAINING_FIELDS,
+                batch, sharding.batch_sharding(mesh), names=step_lib.training_fields(config),
                 batch_size=batch_size,
             )  # fmt: skip
             losses = jax.device_get(step(params, placed))[:, :-1]  # the last has no target

@@ -51,7 +51,7 @@ def cost(config) -> Cost:
 
 def _data_order(config):
     """What decides which windows a step sees, given the seed."""
-    data = dataclasses.replace(config.data, workers=0)
+    data = dataclasses.replace(config.data, workers=0, mask_documents=False)  # neither reorders
     return {
         f"data.{name}": value for name, value in dataclasses.asdict(data).items()
     } | {"training.batch_size": config.training.batch_size}  # fmt: skip

@@ -259,7 +259,7 @@ def _loop(
                 saver.wait()
                 return Result(step=step, finished=False, signal=stop.received, record=recorder.last)
             batch = sharding.place_batch(
-                next(source), batch_sharding, names=step_lib.TRAINING_FIELDS,
+                next(source), batch_sharding, names=step_lib.training_fields(config),
                 batch_size=batch_size, first_row=rows.start,
             )  # fmt: skip
             train_step = profiler.compile(train_step, state, batch)

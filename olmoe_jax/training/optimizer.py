@@ -34,7 +34,7 @@ GRADIENT_GROUPS = (
     ("attention", re.compile(r"/attention/")),
     ("router", re.compile(r"/moe/router(_bias)?$")),  # the bias has none: it adds nothing
     ("shared_experts", re.compile(r"/moe/shared/")),
-    ("experts", re.compile(r"/moe/")),
+    ("experts", re.compile(r"/moe/|^experts/")),
     ("ffn", re.compile(r"/ffn/")),
 )
 
@@ -143,7 +143,7 @@ class Norms(typing.NamedTuple):
     Attributes:
       total: over all leaves.
       groups: dict of GRADIENT_GROUPS' names, those that occur.
-      layers: [layers], in layer order.
+      layers: [layers], in layer order; without experts that layers share.
     """
 
     total: jax.Array

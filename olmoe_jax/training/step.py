@@ -3,7 +3,15 @@
 A train state is a plain dict: `params`, `opt_state`, `step` (int32, updates made), `rng` (key
 data; streams are folded from it and the step — the model itself draws no random numbers while
 training). A batch is a dict of arrays [batch, length]: `tokens`, `token_mask` (False: padding),
-`loss_mask` (False: not a target) and, for validation, `domains`.
+`loss_mask` (False: not a target), for validation `domains`, and with `data.mask_documents` the
+`documents`: int32, the number of the document that a token belongs to.
+
+With document masking a position attends to its own document's part of the window only. Tokens keep
+their positions in the window, as in OLMo, whose varlen attention gets the documents' lengths behind
+a rotation that does not know of them (allenai/OLMo 04a2da5, `olmo/model.py`; OLMo-core fa6c501
+counts anew in each document, `nn/rope.py`): the rotary embedding is relative, so the two agree up
+to rounding. An end-of-document token belongs to the document that it ends. Targets stay as they
+are: the first token of a document is predicted from the last one of the document before it.
 """
 
 import functools
@@ -16,9 +24,16 @@ from olmoe_jax import losses, sharding
 from olmoe_jax.model import transformer
 from olmoe_jax.training import balancing, optimizer
 
-# What a train step reads of a batch; a validation step reads the domains too.
-TRAINING_FIELDS = ("tokens", "token_mask", "loss_mask")
-VALIDATION_FIELDS = (*TRAINING_FIELDS, "domains")
+
+def training_fields(config) -> tuple[str, ...]:
+    """What a train step of this Config reads of a batch."""
+    fields = ("tokens", "token_mask", "loss_mask")
+    return (*fields, "documents") if config.data.mask_documents else fields
+
+
+def validation_fields(config) -> tuple[str, ...]:
+    """What a validation step of this Config reads of a batch."""
+    return (*training_fields(config), "domains")
 
 
 class Parts(typing.NamedTuple):
@@ -77,10 +92,11 @@ def _load(routing, token_mask):
     return statistics.counts[:, 0]
 
 
-def _features(model, params, batch):
+def _features(model, params, batch, config):
     return model.apply(
-        {"params": params}, batch["tokens"], token_mask=batch["token_mask"], method="features"
-    )
+        {"params": params}, batch["tokens"], token_mask=batch["token_mask"],
+        segment_ids=batch["documents"] if config.data.mask_documents else None, method="features",
+    )  # fmt: skip
 
 
 def _one_group(statistics):
@@ -93,7 +109,7 @@ def _one_group(statistics):
 
 def _objective(params, micro, whole_batch, *, model, config, totals):
     """(objective, Parts) of one micro-batch."""
-    features = _features(model, params, micro)
+    features = _features(model, params, micro, config)
     targets, weights = losses.next_token_targets(micro["tokens"], micro["loss_mask"])
     head = transformer.head_weights(params)
     with jax.named_scope("head"):
@@ -150,7 +166,7 @@ def loss_and_gradient(params, batch, *, model, config):
         name: sharding.constrain(
             batch[name].reshape(count, -1, batch[name].shape[1]), None, "batch", None
         )
-        for name in TRAINING_FIELDS
+        for name in training_fields(config)
     }
     objective = functools.partial(_objective, model=model, config=config, totals=totals)
     shardings = None
@@ -171,7 +187,7 @@ def loss_and_gradient(params, batch, *, model, config):
         if needs_counting_pass(config):
 
             def count_one(micro):
-                features = _features(model, params, micro)
+                features = _features(model, params, micro, config)
                 return _statistics(features.routing, micro["token_mask"], config)
 
             per_micro = jax.lax.map(count_one, micros)
@@ -263,7 +279,7 @@ def validation_step(params, batch, *, model, config, num_domains):
       token's domain; in a MoE also `router_z` (Σ over tokens of the layers' mean), `tokens`, and
       `statistics` (RoutingStatistics).
     """
-    features = _features(model, params, batch)
+    features = _features(model, params, batch, config)
     nats, weights = _target_losses(features, params, batch)
     domains = (
         jax.nn.one_hot(jnp.roll(batch["domains"], -1, axis=1), num_domains) * weights[..., None]
@@ -284,9 +300,9 @@ def validation_step(params, batch, *, model, config, num_domains):
     return sums
 
 
-def target_losses(params, batch, *, model):
+def target_losses(params, batch, *, model, config):
     """Nats of the target behind each position, 0 where there is none: float32 [batch, length]."""
-    return _target_losses(_features(model, params, batch), params, batch)[0]
+    return _target_losses(_features(model, params, batch, config), params, batch)[0]
 
 
 def _target_losses(features, params, batch):

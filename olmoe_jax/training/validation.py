@@ -70,7 +70,7 @@ class Validator:
         )
 
     def _sums(self, params, batches):
-        names, rows = step_lib.VALIDATION_FIELDS, self._batch_size
+        names, rows = step_lib.validation_fields(self._config), self._batch_size
         placed = (
             sharding.place_batch(b, self._sharding, names=names, batch_size=rows) for b in batches
         )
@@ -124,8 +124,9 @@ class Validator:
         """validation/{intact,shuffled}_loss: tokens predicted behind their context, and behind
         a random permutation of it.
 
-        In each of `draws` passes one target per window is scored, in its second half, so that each
-        has a real context; both losses are over the same targets.
+        The context is what the model sees: with `data.mask_documents` that of the document of the
+        token in front of the target. In each of `draws` passes one target per window is scored, in
+        its second half, so that each has a real context; both losses are over the same targets.
         """
         results = {}
         for name in ("intact", "shuffled"):
@@ -133,15 +134,19 @@ class Validator:
             for draw in range(draws):
                 rng = np.random.default_rng(draw)
                 batches = [
-                    _one_target(batch, rng, shuffle=name == "shuffled") for batch in self._batches
-                ]
+                    _one_target(
+                        batch, rng, shuffle=name == "shuffled",
+                        in_document=self._config.data.mask_documents,
+                    )
+                    for batch in self._batches
+                ]  # fmt: skip
                 sums += self._sums(params, batches)
             total, count = sum(s["loss"].sum() for s in sums), sum(s["targets"].sum() for s in sums)
             results[f"validation/{name}_loss"] = float(total / max(1.0, count))
         return results
 
 
-def _one_target(batch, rng, *, shuffle):
+def _one_target(batch, rng, *, shuffle, in_document):
     """The batch with one target per row, and what precedes it permuted or not."""
     tokens, mask = np.array(batch["tokens"]), np.zeros_like(batch["loss_mask"])
     length = tokens.shape[1]
@@ -149,7 +154,10 @@ def _one_target(batch, rng, *, shuffle):
         target, order = int(rng.integers(length // 2, length)), rng.permutation(length)
         mask[row, target] = batch["loss_mask"][row, target]
         if shuffle:
-            tokens[row, :target] = tokens[row, order[order < target]]
+            seen = np.arange(length) < target
+            if in_document:
+                seen &= batch["documents"][row] == batch["documents"][row, target - 1]
+            tokens[row, seen] = tokens[row, order[seen[order]]]
     return batch | {"tokens": tokens, "loss_mask": mask}
 
 

@@ -64,6 +64,11 @@ def test_shuffling_workers_are_no_difference():
     equality.check({"a": BASE, "b": declaration.changed(BASE, {"data.workers": 2})}, ["data_order"])
 
 
+def test_masking_documents_reorders_nothing():
+    masked = declaration.changed(BASE, {"data.mask_documents": True})
+    equality.check({"a": BASE, "b": masked}, ["data_order", "flops_per_token"])
+
+
 def test_the_table_shows_the_routers_part_apart():
     lines = equality.table({"fine": BASE}).splitlines()
     params = accounting.num_params(BASE.model)
