@@ -46,9 +46,17 @@ function chartTraces(series, colour) {
     marker, error_y: error && {...error, thickness: 2, width: 7}}];
 }
 
+/* In lines of about thirty characters: titles stand along charts that may be small. */
+const wrapped = text => text.split(" ").reduce((lines, word) => {
+  const last = lines[lines.length - 1];
+  if (!last || (last + word).length > 30) lines.push(word);
+  else lines[lines.length - 1] = `${last} ${word}`;
+  return lines;
+}, []).join("<br>");
+
 function layout(xTitle, yTitle) {
   const text = value("--text"), grid = value("--line");
-  const axis = title => ({title: {text: title}, gridcolor: grid, linecolor: grid, zeroline: false,
+  const axis = title => ({title: {text: wrapped(title)}, gridcolor: grid, linecolor: grid, zeroline: false,
     automargin: true});
   return {paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest",
     font: {color: text, family: "system-ui, sans-serif", size: 13},
@@ -59,8 +67,12 @@ function layout(xTitle, yTitle) {
     xaxis: axis(xTitle), yaxis: axis(yTitle)};
 }
 
-const plot = (place, traces, frame) =>
-  Plotly.react(place, traces, frame, {responsive: true, displaylogo: false});
+const touch = !matchMedia("(hover: hover)").matches;
+function plot(place, traces, frame) {
+  frame.dragmode = touch ? false : "zoom";  // a finger on a chart scrolls the page
+  Plotly.react(place, traces, frame,
+    {responsive: true, displaylogo: false, displayModeBar: touch ? false : "hover"});
+}
 
 function drawChart(chart, figure) {
   const frame = layout(chart.x_title, chart.y_title), text = value("--text");
@@ -134,7 +146,7 @@ function drawBars(block, found, frame) {
   Object.assign(frame.xaxis, {type: "category", tickangle: 0, categoryorder: "array",
     categoryarray: x});
   frame.yaxis.rangemode = "tozero";
-  frame.bargap = 0.15;
+  frame.bargap = x.length < 12 ? 0.5 : 0.15;
   const traces = [{type: "bar", name: block.title, x, y, marker: {color: colour}, text,
     textposition: "none", showlegend: false, hovertemplate: `${block.x} %{x}: %{text}<extra></extra>`,
     error_y: {...bars(y, low, high, value("--text")), thickness: 1, width: 2}}];
@@ -182,8 +194,8 @@ function drawHeat(block, found, frame) {
   frame.yaxis.title.text = block.series;
   return [{type: "heatmap", z, x: found.order.map(i => found.columns[i]),
     y: down.map(i => found.rows[i]), text, colorscale: scale, hoverongaps: false,
-    ...(centre ? {zmid: block.middle} : {zmin: 0}),
-    colorbar: {title: {text: found.yTitle, side: "right"}, thickness: 12, outlinewidth: 0},
+    ...(centre ? {zmid: block.middle} : {zmin: 0, zmax: Math.max(1e-9, ...z.flat())}),
+    colorbar: {title: {text: wrapped(found.yTitle), side: "right"}, thickness: 12, outlinewidth: 0},
     hovertemplate: `${block.series} %{y}, ${block.x} %{x}: %{z:.4~g}` +
       `${text ? "%{text}" : ""}<extra></extra>`}];
 }
