@@ -100,7 +100,8 @@ class Cube:
                 )
 
     def at(self, selection, axes):
-        """(values, low, high) along `axes`, in this order, the other axes at `selection`."""
+        """(values, low, high) along `axes`, in this order, the other axes at `selection`; of no
+        axes single items."""
         names = list(self.axes)
         place = tuple(
             slice(None) if name in axes else labels.index(selection[name])
@@ -108,8 +109,8 @@ class Cube:
         )
         kept = [name for name in names if name in axes]
         order = [kept.index(name) for name in axes if name in kept]
-        arrays = (self.values, self.low, self.high)
-        return tuple(a if a is None else np.asarray(a[place]).transpose(order) for a in arrays)
+        cut = [None if a is None else a[place] for a in (self.values, self.low, self.high)]
+        return tuple(a.transpose(order) if order and a is not None else a for a in cut)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

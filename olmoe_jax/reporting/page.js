@@ -6,7 +6,7 @@ const shade = (hex, alpha) =>
   `rgba(${[1, 3, 5].map(i => parseInt(hex.slice(i, i + 2), 16))},${alpha})`;
 const shown = number => number === null ? "–" : Number(number.toPrecision(4)).toLocaleString("en");
 const range = count => Array.from({length: count}, (_, i) => i);
-const NUMBER = /^([-–+−±<>≥≤~]?\s*[\d.,]*\d.*|[-–]|)$/;
+const NUMBER = /^([-–+−±<>≥≤~]?\s*[\d.,]*\d[^(:;"]*|[-–]|)$/;
 const PALETTE = 7;  // colours --s0 …
 const BANDS = 8;  // more curves than this are drawn without bands
 const FOUND = 25;  // rows that a search lists
@@ -18,7 +18,7 @@ function colours(names) {
     return names.map((_, i) =>
       `hsl(${260 - 230 * i / (names.length - 1)},70%,${dark.matches ? 68 : 42}%)`);
   let places = names.map(name => data.names.indexOf(name) % PALETTE);
-  if (new Set(places).size < names.length) places = range(names.length);
+  if (Math.min(...places) < 0 || new Set(places).size < names.length) places = range(names.length);
   return places.map(place => value("--s" + place));
 }
 
@@ -143,8 +143,8 @@ function drawBars(block, found, frame) {
   const low = pick(found.low), high = pick(found.high);
   const text = y.map((v, i) => shown(v) + (low && low[i] !== null ?
     ` (95 %: ${shown(low[i])} to ${shown(high[i])})` : ""));
-  Object.assign(frame.xaxis, {type: "category", tickangle: 0, categoryorder: "array",
-    categoryarray: x});
+  Object.assign(frame.xaxis, {type: "category", categoryorder: "array", categoryarray: x,
+    tickangle: x.every(label => label.length < 4) ? 0 : "auto"});
   frame.yaxis.rangemode = "tozero";
   frame.bargap = x.length < 12 ? 0.5 : 0.15;
   const traces = [{type: "bar", name: block.title, x, y, marker: {color: colour}, text,
@@ -161,6 +161,7 @@ function drawLines(block, found, frame) {
   const numeric = found.columns.every(label => label !== "" && Number.isFinite(Number(label)));
   const x = scale || (numeric ? found.columns.map(Number) : found.columns);
   if (scale) frame.xaxis.title.text = found.selection["horizontal axis"];
+  else if (numeric && x.length <= 16) Object.assign(frame.xaxis, {tickmode: "array", tickvals: x});
   const single = found.rows.length === 1, paint = colours(found.rows);
   const bands = found.low && found.rows.length <= BANDS;
   const traces = found.rows.flatMap((name, i) => line(single ? block.title : name, paint[i], x,
@@ -184,9 +185,10 @@ function drawHeat(block, found, frame) {
   const down = square ? found.order : range(found.rows.length);
   const pick = rows => down.map(i => found.order.map(j => rows[i][j]));
   const z = pick(found.values), centre = block.middle !== null;
+  const most = Math.max(1e-9, ...z.flat(), centre ? 2 * block.middle : 0);
   const text = !found.low ? undefined : pick(found.low).map((row, i) => row.map((low, j) =>
     low === null ? "" : ` (95 %: ${shown(low)} to ${shown(pick(found.high)[i][j])})`));
-  const scale = centre ? [[0, value("--low")], [0.5, value("--h0")], [1, value("--s0")]]
+  const scale = centre ? [[0, value("--low")], [block.middle / most, value("--h0")], [1, value("--s0")]]
     : [[0, value("--h0")], [0.5, value("--h1")], [1, value("--h2")]];
   for (const axis of [frame.xaxis, frame.yaxis])
     Object.assign(axis, {type: "category", tickangle: 0, showgrid: false});
@@ -194,7 +196,7 @@ function drawHeat(block, found, frame) {
   frame.yaxis.title.text = block.series;
   return [{type: "heatmap", z, x: found.order.map(i => found.columns[i]),
     y: down.map(i => found.rows[i]), text, colorscale: scale, hoverongaps: false,
-    ...(centre ? {zmid: block.middle} : {zmin: 0, zmax: Math.max(1e-9, ...z.flat())}),
+    zmin: 0, zmax: most,
     colorbar: {title: {text: wrapped(found.yTitle), side: "right"}, thickness: 12, outlinewidth: 0},
     hovertemplate: `${block.series} %{y}, ${block.x} %{x}: %{z:.4~g}` +
       `${text ? "%{text}" : ""}<extra></extra>`}];

@@ -11,7 +11,7 @@ from olmoe_jax.reporting import embedding
 
 _FOLDER = pathlib.Path(__file__).parent
 _AS_IT_IS = "as numbered"
-_NUMBER = re.compile(r"[-–+−±<>≥≤~]?\s*[\d.,]*\d.*|[-–]|")  # "–": nothing there
+_NUMBER = re.compile(r'[-–+−±<>≥≤~]?\s*[\d.,]*\d[^(:;"]*|[-–]|')  # "–": nothing there
 
 
 def page(title, subtitle, blocks) -> str:

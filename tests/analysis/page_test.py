@@ -46,7 +46,7 @@ def test_the_tokens_of_an_expert_are_those_that_go_there(found):
     assert [row[0] for row in rows] == sorted(best, key=lambda w: (-best[w][0], -int(best[w][1])))[
         : len(rows)
     ]
-    for name, share, times in rows.item():
+    for name, share, times in rows:
         assert (share, times) == (f"{best[name][0]:.0%}", best[name][1])
 
 

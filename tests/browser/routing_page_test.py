@@ -225,10 +225,14 @@ def test_controls_can_be_used_with_the_keyboard(driver):
 
 
 def test_a_narrow_screen_does_not_scroll_sideways(driver):
+    from selenium.webdriver.support import ui
+
     chromium.show(driver, width=360)
     try:
         script = "return [document.scrollingElement.scrollWidth, innerWidth]"
         assert driver.execute_script(script) == [360, 360]
+        fits = "return [...document.querySelectorAll('.plot svg')].every(s => s.clientWidth <= 360)"
+        ui.WebDriverWait(driver, 10).until(lambda d: d.execute_script(fits))  # charts redraw late
         wide = """return [...document.querySelectorAll('select, input, .plot, h2, p')]
           .filter(e => e.getBoundingClientRect().right > 361).map(e => e.outerHTML)"""
         assert driver.execute_script(wide) == []
