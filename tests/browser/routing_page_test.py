@@ -240,15 +240,21 @@ def test_a_narrow_screen_does_not_scroll_sideways(driver):
         chromium.show(driver)
 
 
-def test_dark_mode_changes_page_and_charts_at_once(driver):
+def test_dark_mode_changes_page_and_charts(driver):
+    from selenium.webdriver.support import ui
+
     script = """const plot = document.querySelector(".explorer .plot");
       return [getComputedStyle(document.body).backgroundColor, plot.layout.font.color,
         plot.data[0].marker.color, document.querySelector(".pieces span").style.background]"""
     light = driver.execute_script(script)
-    chromium.show(driver, scheme="dark")
+
+    def changed(driver):
+        found = driver.execute_script(script)
+        return all(one != other for one, other in zip(light, found, strict=True))
+
     try:
-        dark = driver.execute_script(script)
+        chromium.show(driver, scheme="dark")
+        ui.WebDriverWait(driver, 10).until(changed)  # without loading the page again
     finally:
         chromium.show(driver)
-    assert all(one != other for one, other in zip(light, dark, strict=True))
-    assert driver.execute_script(script) == light
+    ui.WebDriverWait(driver, 10).until(lambda d: d.execute_script(script) == light)
