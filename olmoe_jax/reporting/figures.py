@@ -5,14 +5,17 @@ import io
 import os
 import pathlib
 import re
+import textwrap
 
 import numpy as np
 
 from olmoe_jax.reporting import blocks as blocks_lib
 from olmoe_jax.reporting import pages
 
+LOW, EVEN, HIGH = "#b35806", "#f4f6f8", "#0072b2"  # of heat maps with a middle, as on the page
 PALETTE = ("#0072b2", "#c44e00", "#00815f", "#b0558a", "#8a6d00", "#5a6fd0", "#6b6b6b")
 _STYLE = {
+    "axes.formatter.useoffset": False,
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -49,7 +52,7 @@ def write(blocks, directory):
             drawing = figure.Figure(figsize=(8.5, 4.6), dpi=130, layout="constrained")
             backend_agg.FigureCanvasAgg(drawing)
             axes = drawing.subplots()
-            axes.set_title(title, wrap=True)
+            axes.set_title(textwrap.fill(title, 90))
             draw(axes)
             for ending, metadata in (("png", {}), ("svg", {"Date": None})):
                 _save(drawing, directory / f"{stem}.{ending}", ending, metadata)
@@ -215,7 +218,8 @@ def _draw_heat(axes, part):
     if middle is not None:
         most = max(np.nanmax(values, initial=middle), 2 * middle)
         norm = colors.TwoSlopeNorm(vmin=0, vcenter=middle, vmax=most)
-        options = {"cmap": "PuOr_r", "norm": norm}
+        paint = colors.LinearSegmentedColormap.from_list("around", (LOW, EVEN, HIGH))
+        options = {"cmap": paint, "norm": norm}
     image = axes.imshow(values, aspect="auto", interpolation="nearest", **options)
     axes.grid(False)
     for labels, place in ((part.x, axes.set_xticks), (part.series, axes.set_yticks)):

@@ -9,6 +9,7 @@ const range = count => Array.from({length: count}, (_, i) => i);
 const NUMBER = /^([-–+−±<>≥≤~]?\s*[\d.,]*\d[^(:;"]*|[-–]|)$/;
 const PALETTE = 7;  // colours --s0 …
 const BANDS = 8;  // more curves than this are drawn without bands
+const NARROW = 640;  // pixels of a screen that has no room for long legends
 const FOUND = 25;  // rows that a search lists
 
 /* Colours of the curves of one frame: the same name has the same everywhere, unless two would meet;
@@ -161,7 +162,7 @@ function drawLines(block, found, frame) {
   const numeric = found.columns.every(label => label !== "" && Number.isFinite(Number(label)));
   const x = scale || (numeric ? found.columns.map(Number) : found.columns);
   if (scale) frame.xaxis.title.text = found.selection["horizontal axis"];
-  else if (numeric && x.length <= 16) Object.assign(frame.xaxis, {tickmode: "array", tickvals: x});
+  else if (numeric && x.length <= (innerWidth > NARROW ? 16 : 6)) Object.assign(frame.xaxis, {tickmode: "array", tickvals: x});
   const single = found.rows.length === 1, paint = colours(found.rows);
   const bands = found.low && found.rows.length <= BANDS;
   const traces = found.rows.flatMap((name, i) => line(single ? block.title : name, paint[i], x,
@@ -173,8 +174,8 @@ function drawLines(block, found, frame) {
       name: own ? `${block.level_name}, ${found.rows[i]}` : block.level_name, x, y, mode: "lines",
       line: {color: own ? paint[i] : value("--text"), dash: "dot", width: 1.5}}));
   }
-  if (traces.length > 3 * BANDS) {  // a legend of so many would take the place of the curves
-    frame.showlegend = innerWidth > 640;
+  if (found.rows.length > BANDS) {  // a legend of so many would take the place of the curves
+    frame.showlegend = innerWidth > NARROW;
     frame.legend = {orientation: "v", font: {size: 11}};
   }
   return traces;
