@@ -1,13 +1,11 @@
 """What a page consists of: text, tables, charts, and numbers that the reader looks through."""
 
 import dataclasses
-import types
 from collections.abc import Mapping
 
 import numpy as np
 
 KINDS = ("bars", "lines", "heat", "table")
-_NONE = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,12 +146,12 @@ class Explorer:
     series: str = ""
     x_title: str = ""
     y_title: str = ""
-    start: Mapping[str, str] = _NONE
+    start: Mapping[str, str] = dataclasses.field(default_factory=dict)
     level: Cube | None = None
     level_name: str = ""
     middle: float | None = None
-    scales: Mapping[str, tuple] = _NONE
-    orders: Mapping[str, Cube] = _NONE
+    scales: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+    orders: Mapping[str, Cube] = dataclasses.field(default_factory=dict)
     columns: tuple[str, ...] = ()
     note: str = ""
     figures: tuple[Mapping[str, str], ...] = ({},)
@@ -185,7 +183,7 @@ class Explorer:
             if name not in (self.x, self.series)
         }
 
-    def selection(self, chosen=_NONE) -> dict[str, str]:
+    def selection(self, chosen=()) -> dict[str, str]:
         """axis → label of every choice: `chosen`, else what it starts with."""
         first = {name: labels[0] for name, labels in self.choices.items()}
         return first | dict(self.start) | dict(chosen)
@@ -240,6 +238,6 @@ class Search:
     counts: np.ndarray
     experts: np.ndarray
     shares: np.ndarray
-    start: Mapping[str, str] = _NONE
+    start: Mapping[str, str] = dataclasses.field(default_factory=dict)
     example: str = ""
     note: str = ""
