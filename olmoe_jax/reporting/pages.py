@@ -24,7 +24,10 @@ def page(title, subtitle, blocks) -> str:
     """
     blocks = list(blocks)
     drawn = any(type(block) in _DRAWN for block in blocks)
-    return _document(title, subtitle, _body(blocks), _scripts(blocks) if drawn else "")
+    if not drawn:
+        return _document(title, subtitle, _body(blocks), "")
+    hint = "<noscript><p class=note>Charts and choices need JavaScript.</p></noscript>\n"
+    return _document(title, subtitle, hint + _body(blocks), _scripts(blocks))
 
 
 def num_bytes(blocks) -> int:
@@ -64,7 +67,6 @@ def _scripts(blocks):
             f"<script>{offline.get_plotlyjs()}</script>",
             f'<script type="application/json" id="data">{embedding.text(blocks)}</script>',
             f"<script>{script}</script>",
-            "<noscript><p class=note>Charts and choices need JavaScript.</p></noscript>",
         ]
     )
 
