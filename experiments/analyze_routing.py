@@ -8,8 +8,9 @@
 folder of revisions, all checkpoints. --data: a prepared data set, or text files, one domain each;
 without it the validation data of the (first) run. A model that does not fit in memory is read layer
 by layer. What is recorded stays in OUTPUT/traces/MODEL/CHECKPOINT/DOMAIN and is not recorded again.
-OUTPUT/report.html shows what was found; its numbers are in JSON files, which
-`olmoe_jax/analysis/results.py` explains. A stopped run goes on with the same command.
+OUTPUT/report.html shows what was found, OUTPUT/figures/ holds its charts as pictures and CSV; the
+numbers are in JSON files, which `olmoe_jax/analysis/results.py` explains. --prompt="a text" shows
+the experts of each of its tokens. A stopped run goes on with the same command.
 """
 
 import functools
@@ -44,9 +45,16 @@ _TOTAL_STEPS = flags.DEFINE_integer(
 _COACTIVATION = flags.DEFINE_enum(
     "coactivation", "paper", ("paper", "adjacent"), "adjacent: as in the paper's released script."
 )
-_FORMAT = flags.DEFINE_enum(
-    "output_format", "html", ("html", "none"), "html: also report.html; none: numbers only."
+_PROMPT = flags.DEFINE_multi_string(
+    "prompt", [], "A text whose tokens the report shows with their experts; may be repeated."
 )
+_FORMAT = flags.DEFINE_enum(
+    "output_format",
+    "html",
+    ("html", "none"),
+    "html: also report.html and figures/; none: numbers only.",
+)
+_NO_TOKENIZER = "{} has no tokenizer: name its tokenizer.json with --tokenizer"
 
 
 def main(argv):
@@ -56,10 +64,12 @@ def main(argv):
         raise ValueError("give --model with --data, or --routing_dump")
     if _DUMP.value is not None and _DATA.value is not None:
         raise ValueError("--data says which text a --model is to read: --routing_dump needs none")
-    from olmoe_jax import reporting
-    from olmoe_jax.analysis import analyses, page, results
+    if _DUMP.value is not None and _PROMPT.value:
+        raise ValueError("--prompt needs a --model to read it: --routing_dump has none")
+    from olmoe_jax.analysis import analyses, page, prompt, results
 
     output = pathlib.Path(os.path.expanduser(_OUTPUT.value))
+    prompts = _route_prompts()
     models, tokenizer = _read_dumps() if _DUMP.value is not None else _record(output)
     decode = None if tokenizer is None else lambda token: tokenizer.decode([token])
     found = {}
@@ -77,13 +87,16 @@ def main(argv):
         "between": between,
     }
     results.write(output / "summary.json", content)
+    for name, routed in prompts.items():
+        folder = output / name if len(models) > 1 else output
+        results.write(folder / "prompt.json", prompt.to_json(routed))
     for name, one in found.items():
         print(f"\n{name}")
         print("\n".join(f"  {line}" for line in one.sentences))
         print("\n".join(f"  note: {line}" for line in one.notes))
     print("\n".join(f"  {line}" for line in between))
     if _FORMAT.value == "html":
-        reporting.write(output / page.PATH, page.build(found, between, decode=decode))
+        page.write(output, found, between, decode=decode, prompts=prompts)
         print(f"page: {output / page.PATH}")
     print(f"numbers: {output}")
     app.write_json(content)
@@ -99,6 +112,20 @@ def _read_dumps():
     }
     tokenizer = None if _TOKENIZER.value is None else tokenizer_lib.load(_TOKENIZER.value)
     return models, tokenizer
+
+
+def _route_prompts():
+    """Model → prompt.Routed of every --prompt, through its last checkpoint."""
+    from olmoe_jax.analysis import prompt, suites
+
+    found = {}
+    for directory in _MODEL.value if _PROMPT.value else ():
+        last = suites.checkpoints_of(directory)[-1]
+        tokenizer = _tokenizer(last.path)
+        if tokenizer is None:
+            raise ValueError(_NO_TOKENIZER.format(last.path))
+        found[last.model] = prompt.route(last, _PROMPT.value, tokenizer, precision=_PRECISION.value)
+    return found
 
 
 def _record(output):
@@ -141,9 +168,7 @@ def _record(output):
 
 def _texts(model):
     """(Tokenizer or None, Texts) for one model."""
-    from olmoe_jax import generation
     from olmoe_jax.analysis import texts
-    from olmoe_jax.data import tokenizer as tokenizer_lib
     from olmoe_jax.porting import sources
 
     longest = sources.open_source(model).config.model.max_length
@@ -151,15 +176,24 @@ def _texts(model):
         "context_length": _CONTEXT.value or min(texts.CONTEXT_LENGTH, longest),
         "max_tokens": _MAX_TOKENS.value or None,
     }
-    own = generation.find_tokenizer(model)
-    tokenizer = own if _TOKENIZER.value is None else tokenizer_lib.load(_TOKENIZER.value)
+    tokenizer = _tokenizer(model)
     data = _DATA.value or [_data_of_run()]
     if len(data) == 1 and os.path.isdir(os.path.expanduser(data[0])):
         found = texts.from_prepared(data[0], split=_SPLIT.value, **limits)
         return tokenizer or found[0].tokenizer, found
     if tokenizer is None:
-        raise ValueError(f"{model} has no tokenizer: name its tokenizer.json with --tokenizer")
+        raise ValueError(_NO_TOKENIZER.format(model))
     return tokenizer, texts.from_files(data, tokenizer, **limits)
+
+
+def _tokenizer(model):
+    """That of --tokenizer, else the model's own, or None."""
+    from olmoe_jax import generation
+    from olmoe_jax.data import tokenizer as tokenizer_lib
+
+    if _TOKENIZER.value is not None:
+        return tokenizer_lib.load(_TOKENIZER.value)
+    return generation.find_tokenizer(model)
 
 
 def _data_of_run():

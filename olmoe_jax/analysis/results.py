@@ -48,6 +48,10 @@ its 95 % interval over documents, null where documents are not known. NaN is nul
     layers: {layer: {match: [expert of two, for each of one], similarity: [of each pair],
       mean: EST, chance, same_index: mean of pairs of equal index, moved: share of experts whose
       match has another index; overlap: EST, overlap_same_index (by routing)}}
+  prompt.json
+    model, checkpoint, prompts: [{text, tokens: [{id, text, predicted: {id, text}, the model's most
+      probable next token}], layers: {layer: {experts: [tokens][k], by falling weight; weights:
+      [tokens][k], of the softmax over all experts}}}]
   expert_siblings.json
     {layer: {matrix: [experts][experts], cosines of the weights of one model's experts; mean,
       closest: over pairs of different experts}}

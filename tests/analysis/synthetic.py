@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from olmoe_jax.analysis import trace
+from olmoe_jax.analysis import analyses, counts, trace
 
 
 def random_ids(rng, tokens, layers, experts, k):
@@ -47,3 +47,26 @@ def plant(ids, layer, expert, share, seed=0):
     chosen = (rng.random(len(ids)) < share) & ~(ids[:, layer] == expert).any(-1)
     ids[chosen, layer, 0] = expert
     return ids
+
+
+def recordings(*, steps=(10, 20, 40), domains=("books", "code"), layers=(1, 4), experts=7, k=3):
+    """Recordings of checkpoints that come nearer and nearer to the last, on the same tokens; of the
+    second domain, expert 2 of the first layer is the specialist."""
+    rng, last = np.random.default_rng(5), {}
+    for i, domain in enumerate(domains):
+        ids = random_ids(np.random.default_rng(i), 600, len(layers), experts, k)
+        last[domain] = plant(ids, 0, 2, 0.8) if i == 1 else ids
+    found = []
+    for step in steps:
+        traces = {}
+        for i, (domain, ids) in enumerate(last.items()):
+            other = random_ids(rng, len(ids), len(layers), experts, k)
+            settled = rng.random((len(ids), 1, 1)) < step / steps[-1]
+            traces[domain] = make_trace(
+                seed=i, layers=layers, experts=experts, k=k, ids=np.where(settled, ids, other),
+                domain=domain, data=f"text {i}", checkpoint=f"step{step}", step=step,
+                train_tokens=64 * step,
+            )  # fmt: skip
+        parts = {domain: counts.count(one) for domain, one in traces.items()}
+        found.append(analyses.Recording(parts, traces))
+    return found

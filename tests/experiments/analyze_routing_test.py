@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -44,6 +45,7 @@ def test_one_command_records_analyses_and_reports(suite, tmp_path):
     arguments = (
         f"--model={folder}/olmoe", f"--data={folder}/*.txt", f"--tokenizer={tokenizer}",
         f"--output={tmp_path}/out", "--context_length=11", f"--json={tmp_path}/summary.json",
+        "--prompt=the word", "--prompt=def return",
     )  # fmt: skip
     code, out, err = run(*arguments)
     assert code == 0, err
@@ -58,9 +60,18 @@ def test_one_command_records_analyses_and_reports(suite, tmp_path):
     assert saturation["checkpoints"][0]["against_final"]["mean"]["topk"]["value"] == 1.0
     assert (output / "traces" / "olmoe" / "step1-tokens1K" / "prose").is_dir()
     page = (output / "report.html").read_text()
-    assert "router saturation, against step2-tokens2K" in page and len(page) < 10e6
+    assert "The last checkpoint is step2-tokens2K" in page and len(page) < 10e6
+    assert "what the router sees in “def return”" in page
+    texts = json.loads((output / "prompt.json").read_text())["prompts"]
+    assert ["".join(t["text"] for t in one["tokens"]) for one in texts] == [
+        "the word", "def return"
+    ]  # fmt: skip
+    pictures = {path.name for path in (output / "figures").iterdir()}
+    assert {f"olmoe_router_saturation_over_layers.{e}" for e in ("png", "svg", "csv")} <= pictures
+    shutil.rmtree(output / "figures")
     code, again, err = run(*arguments, "--output_format=none")
     assert code == 0, err
+    assert not (output / "figures").exists()
     assert json.loads((tmp_path / "summary.json").read_text())["models"]["olmoe"]["sentences"]
 
 
@@ -69,6 +80,7 @@ def test_one_command_records_analyses_and_reports(suite, tmp_path):
     [
         ((), "give --model with --data, or --routing_dump"),
         (("--routing_dump=x", "--data=x"), "--data says which text"),
+        (("--routing_dump=x", "--prompt=x"), "--prompt needs a --model"),
         (("--model=/nowhere", "--data=x"), "/nowhere"),
         (("--model=HERE",), "is no run, whose data could be read: give --data"),
         (("--routing_dump=/nowhere",), "/nowhere"),

@@ -6,6 +6,7 @@ import pytest
 from scipy import stats
 
 from olmoe_jax.studies import report, results, verdict
+from tests.browser import chromium
 
 
 def _last_losses(plan, arm):
@@ -77,6 +78,20 @@ def test_the_page_has_verdict_curves_costs_and_routing(finished):
     values = np.stack([run.curve("validation/loss").values[1:] for run in runs])
     np.testing.assert_allclose(curve["y"], values.mean(0))
     np.testing.assert_allclose(curve["low"], values.min(0))
+
+
+@pytest.mark.skipif(bool(chromium.missing()), reason=chromium.missing() or "-")
+def test_the_page_opens_in_a_browser(finished, tmp_path):
+    plan, _ = finished
+    with chromium.start(tmp_path) as driver:
+        driver.get((plan.workdir / report.PAGE).as_uri())
+        assert chromium.problems(driver) == []
+        plots = driver.find_elements("css selector", ".plot")
+        points = [
+            driver.execute_script("return arguments[0].data.map(t => t.y.length)", plot)
+            for plot in plots
+        ]
+        assert len(plots) >= 4 and all(sum(each) for each in points)
 
 
 def test_the_terminal_says_the_same_and_names_arms_below_the_bigram_model(finished):

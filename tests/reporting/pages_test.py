@@ -2,6 +2,7 @@ import html.parser
 import json
 import re
 
+import numpy as np
 import pytest
 
 from olmoe_jax import reporting
@@ -90,6 +91,28 @@ def test_every_curve_can_be_told_from_both_grounds(page):
                 assert contrast >= 4.5, name
             elif re.fullmatch(r"s\d", name):
                 assert contrast >= 3, name
+
+
+def test_columns_of_numbers_stand_to_the_right_and_text_to_the_left():
+    table = reporting.Table(
+        title="t", columns=("run", "a", "b", "c", "d", "e"),
+        rows=(("x", "1.5 %", "–", "2 3 (60%)", "agrees", "+0.1 to +0.3"),
+              ("y", "12", "3e-5", "4 5 (10%)", "1", "−2 ×")),
+    )  # fmt: skip
+    found = reporting.page("T", "s", [table])
+    cells = re.findall(r"<td( class=\"text\")?>", found)
+    assert [bool(cell) for cell in cells] == [False, False, True, True, False] * 2
+
+
+def test_choices_are_written_with_labels():
+    cube = reporting.Cube(
+        axes={"layer": ("0", "4"), "one": ("x",), "expert": ("0", "1")}, values=np.ones((2, 1, 2))
+    )
+    block = reporting.Explorer(title="t", cube=cube, kind="bars", x="expert", start={"layer": "4"})
+    found = reporting.page("T", "s", [block])
+    selects = re.findall(r'<label>([^<]+) <select name="([^"]+)">(.*?)</select></label>', found)
+    assert [(label, name) for label, name, _ in selects] == [("layer",) * 2, ("order",) * 2]
+    assert selects[0][2] == "<option>0</option><option selected>4</option>"
 
 
 def test_a_page_without_charts_has_no_scripts():

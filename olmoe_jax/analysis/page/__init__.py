@@ -1,0 +1,80 @@
+"""report.html of routing analyses: what they come to in words, then what a reader can look through.
+
+`experts` shows one checkpoint, `training` several, `tokens` the words that experts take, `passages`
+single texts. The page is kept below LIMIT: what does not fit is left out, and the page says so.
+"""
+
+import pathlib
+
+from olmoe_jax import reporting
+from olmoe_jax.analysis.page import experts, passages, tokens, training
+from olmoe_jax.reporting import figures
+
+PATH = "report.html"
+FIGURES = "figures"
+LIMIT = 9_500_000  # bytes of the page; 4.8 MB are the library that draws it
+
+
+def write(output, models, between=(), *, decode=None, prompts=None):
+    """Writes OUTPUT/report.html and the pictures and tables OUTPUT/figures/NAME.png, .svg, .csv.
+
+    Args:
+      output: directory.
+      models, between, decode, prompts: as of `build`.
+    """
+    output = pathlib.Path(output)
+    blocks = build(models, between, decode=decode, prompts=prompts)
+    text = reporting.page("Inside the router", ", ".join(models), blocks)
+    reporting.write(output / PATH, text)
+    figures.write(blocks, output / FIGURES)
+
+
+def build(models, between=(), *, decode=None, prompts=None, limit=LIMIT) -> list:
+    """The blocks of the page.
+
+    Args:
+      models: name → analyses.Found.
+      between: sentences about pairs of models.
+      decode: token id → text, or None.
+      prompts: name → `prompt.Routed`s of that model.
+      limit: bytes of the page.
+    """
+    for detail in tokens.DETAILS:
+        blocks = _without_search(models, between, decode, prompts or {}, detail)
+        room = limit - reporting.num_bytes(blocks)
+        if room > 0:
+            break
+    searched = [name for name, found in models.items() if found.vocabulary]
+    for name in searched:
+        found = tokens.search(name, models[name], max(0, room) // len(searched), decode=decode)
+        if found is not None:
+            blocks.insert(_behind_tokens(blocks, name), found)
+    return blocks
+
+
+def _behind_tokens(blocks, name):
+    """Where the search stands: behind the table of each expert's tokens."""
+    title = tokens.title(name)
+    return 1 + next(i for i, block in enumerate(blocks) if block.title == title)
+
+
+def _without_search(models, between, decode, prompts, detail):
+    blocks = [
+        reporting.Prose(title=name, paragraphs=found.sentences, emphasis=True)
+        for name, found in models.items()
+    ]
+    if between:
+        blocks.append(reporting.Prose(title="Between the models", paragraphs=tuple(between)))
+    for name, routed in prompts.items():
+        blocks += passages.blocks(name, routed)
+    for name, found in models.items():
+        blocks += experts.blocks(name, found, detail)
+        blocks += training.blocks(name, found)
+        if found.vocabulary:
+            blocks += tokens.blocks(name, found, detail, decode=decode)
+    notes = [f"{name}: {note}" for name, found in models.items() for note in found.notes]
+    if detail.left_out:
+        notes.append(f"Left out of the page for its size: {detail.left_out}.")
+    if notes:
+        blocks.append(reporting.Prose(title="Notes", paragraphs=tuple(notes)))
+    return blocks
