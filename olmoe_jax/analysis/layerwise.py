@@ -154,16 +154,38 @@ def apply_layer(params, x, token_mask, *, config, is_moe):
         return _layer(params, x, token_mask, config=config, is_moe=is_moe)
 
 
+def apply_overridden(params, x, token_mask, override, *, config, is_moe):
+    """One layer whose routing is intervened in, compiled once for all layers and interventions.
+
+    Args:
+      params, x, token_mask: as of `apply_layer`.
+      override: `routing.RoutingOverride` of this layer; a dense layer ignores it.
+    Returns:
+      [b, l, d].
+    """
+    with _exact(config):
+        return _overridden(params, x, token_mask, override, config=config, is_moe=is_moe)
+
+
 def _exact(config):
     """float32 products as such: TPUs and GPUs round their factors by default."""
     return jax.default_matmul_precision("highest" if config.dtype == "float32" else None)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "is_moe"))
-def _layer(params, x, token_mask, *, config, is_moe):
+def _block(params, x, token_mask, override, config, is_moe):
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     block = transformer.Block(config, is_moe, routing_group=0)
-    x, routed, _ = block.apply({"params": params}, x, positions, None, token_mask)
+    return block.apply({"params": params}, x, positions, None, token_mask, override)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "is_moe"))
+def _overridden(params, x, token_mask, override, *, config, is_moe):
+    return _block(params, x, token_mask, override, config, is_moe)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "is_moe"))
+def _layer(params, x, token_mask, *, config, is_moe):
+    x, routed, _ = _block(params, x, token_mask, None, config, is_moe)
     if routed is None:
         return x, None
     probs = jax.nn.softmax(routed.logits)
