@@ -211,8 +211,11 @@ def caused(result) -> tuple[str, ...]:
         ):  # fmt: skip
             if against is None:
                 continue
-            clear = interventions.is_beyond(beyond, p_value)
-            verdict = "less" if clear else "no better than chance"
+            verdict = (
+                "less" if interventions.is_beyond(beyond, p_value) else "no better than chance"
+            )
+            if beyond.low is None:
+                verdict = "not to be told from chance, as a domain has one document"
             sentence += f"; {name}: {_nats(against)}, {verdict}"
         out.append(f"{sentence}.")
     chosen = result.plan
