@@ -3,19 +3,25 @@
     python -m experiments.analyze_routing --model=runs/demo --output=routing
     python -m experiments.analyze_routing --model=OLMoE-1B-7B --data='text/*.txt' --output=routing
     python -m experiments.analyze_routing --routing_dump=routing_output --output=routing
+    python -m experiments.analyze_routing --traces='served/*.npy' --num_experts=64 --output=routing
 
 --model: directories of any kind that `olmoe_jax.load` takes, comma-separated; of a run, or of a
 folder of revisions, all checkpoints. --data: a prepared data set, or text files, one domain each;
 without it the validation data of the (first) run. A model that does not fit in memory is read layer
-by layer. What is recorded stays in OUTPUT/traces/MODEL/CHECKPOINT/DOMAIN and is not recorded again.
+by layer. What is recorded stays in OUTPUT/traces/MODEL/CHECKPOINT/DOMAIN, with its counts, and is
+neither recorded nor counted again. --traces: what other programs recorded, a domain per file
+(`olmoe_jax/analysis/exchange.py` says in which forms). --interventions=N asks what the loss becomes
+without the N experts that stand out most in each domain. --prompt="a text" shows the experts of
+each of its tokens.
 OUTPUT/report.html shows what was found, OUTPUT/figures/ holds its charts as pictures and CSV; the
-numbers are in JSON files, which `olmoe_jax/analysis/results.py` explains. --prompt="a text" shows
-the experts of each of its tokens. A stopped run goes on with the same command.
+numbers are in JSON files, which `olmoe_jax/analysis/results.py` explains. A stopped run goes on
+with the same command.
 """
 
-import functools
+import dataclasses
 import os
 import pathlib
+import shutil
 
 from absl import flags
 
@@ -26,6 +32,19 @@ _DATA = flags.DEFINE_list(
     "data", None, "A prepared data set, or files of text: globs; default: the data of the run."
 )
 _DUMP = flags.DEFINE_string("routing_dump", None, "Released dumps instead of --model and --data.")
+_TRACES = flags.DEFINE_list("traces", None, "Files of traces instead of --model: globs.")
+_NUM_EXPERTS = flags.DEFINE_integer("num_experts", None, "Of --traces that do not say it.")
+_K = flags.DEFINE_integer(
+    "num_experts_per_token", None, "Of --traces that hold router logits and no experts."
+)
+_SCORES = flags.DEFINE_enum(
+    "trace_scores", "logits", ("logits", "probabilities", "renormalised"),
+    "What --traces hold: router_logits, or probabilities under that name; renormalised: weights "
+    "that were divided by their sum, which are left out.",
+)  # fmt: skip
+_EXPORT = flags.DEFINE_enum(
+    "export", None, ("npz", "csv", "jsonl"), "Also write the traces in this form: OUTPUT/export."
+)
 _OUTPUT = flags.DEFINE_string("output", None, "Directory for traces and results.", required=True)
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json; default: the model's.")
 _SPLIT = flags.DEFINE_string("split", "validation", "Of prepared data: validation or train.")
@@ -37,7 +56,7 @@ _PRECISION = flags.DEFINE_enum(
     "Of the router's product: bfloat16 is what a Hugging Face model in bfloat16 does.",
 )  # fmt: skip
 _KEEP = flags.DEFINE_bool(
-    "keep_traces", True, "Keep every token's experts; without them no saturation and no matching."
+    "keep_traces", True, "Keep every token's experts; if not, they are deleted once counted."
 )
 _TOTAL_STEPS = flags.DEFINE_integer(
     "total_steps", None, "Of the whole training, if it went on behind the last checkpoint."
@@ -48,6 +67,13 @@ _COACTIVATION = flags.DEFINE_enum(
 _PROMPT = flags.DEFINE_multi_string(
     "prompt", [], "A text whose tokens the report shows with their experts; may be repeated."
 )
+_INTERVENTIONS = flags.DEFINE_integer(
+    "interventions", 0, "Experts per domain that are muted and routed around, to see what the loss "
+    "becomes; as many random ones beside them; and random routing. 0: none."
+)  # fmt: skip
+_INTERVENTION_TOKENS = flags.DEFINE_integer(
+    "intervention_tokens", 16_384, "Of each domain, on which interventions are measured."
+)
 _FORMAT = flags.DEFINE_enum(
     "output_format",
     "html",
@@ -56,30 +82,56 @@ _FORMAT = flags.DEFINE_enum(
 )
 _NO_TOKENIZER = "{} has no tokenizer: name its tokenizer.json with --tokenizer"
 
+TRACES, UNKEPT = "traces", "traces.unkept"  # folders of the output
+
 
 def main(argv):
     """Flags → recordings → analyses → files and words."""
     del argv
-    if (_DUMP.value is None) == (_MODEL.value is None):
-        raise ValueError("give --model with --data, or --routing_dump")
-    if _DUMP.value is not None and _DATA.value is not None:
-        raise ValueError("--data says which text a --model is to read: --routing_dump needs none")
-    if _DUMP.value is not None and _PROMPT.value:
-        raise ValueError("--prompt needs a --model to read it: --routing_dump has none")
-    from olmoe_jax.analysis import analyses, page, prompt, results
+    if sum(one is not None for one in (_MODEL.value, _DUMP.value, _TRACES.value)) != 1:
+        raise ValueError("give --model with --data, or --routing_dump, or --traces")
+    if _MODEL.value is None and _DATA.value is not None:
+        source = "--traces need" if _DUMP.value is None else "--routing_dump needs"
+        raise ValueError(f"--data says which text a --model is to read: {source} none")
+    if _EXPORT.value and (_DUMP.value is not None or not _KEEP.value):
+        raise ValueError("--export needs traces: a --model with --keep_traces, or --traces")
+    if _PROMPT.value and _MODEL.value is None:
+        raise ValueError(
+            "--prompt needs a --model to read it: --routing_dump and --traces have none"
+        )
+    if _INTERVENTIONS.value < 0:
+        raise ValueError(f"--interventions={_INTERVENTIONS.value}: must be 0 or more")
+    if _INTERVENTIONS.value and _MODEL.value is None:
+        raise ValueError("--interventions run the model: they need --model")
+    from olmoe_jax.analysis import analyses, gathered, page, prompt, results
 
     output = pathlib.Path(os.path.expanduser(_OUTPUT.value))
-    prompts = _route_prompts()
-    models, tokenizer = _read_dumps() if _DUMP.value is not None else _record(output)
+    prompts, recorded = _route_prompts(), {}
+    if _DUMP.value is not None:
+        models, tokenizer = _read_dumps(), _named_tokenizer()
+    elif _TRACES.value is not None:
+        models, tokenizer = _read_traces(), _named_tokenizer()
+    else:
+        models, tokenizer, recorded = _record(output)
+    if _EXPORT.value:
+        gathered.export(models, output / "export", _EXPORT.value)
     decode = None if tokenizer is None else lambda token: tokenizer.decode([token])
     found = {}
     for name, recordings in models.items():
         found[name] = analyses.find(
             recordings, total_steps=_TOTAL_STEPS.value, decode=decode,
             definition=_COACTIVATION.value,
+            settled=recorded[name].settled if name in recorded else None,
         )  # fmt: skip
+        if _INTERVENTIONS.value:
+            found[name] = _intervene(found[name], recorded[name])
     last = {name: recordings[-1].traces for name, recordings in models.items()}
-    between = analyses.write_all(found, output, traces=last, decode=decode)
+    weights = {name: one.checkpoints[-1].path for name, one in recorded.items()}
+    between = analyses.write_all(found, output, traces=last, weights=weights, decode=decode)
+    for name, one in recorded.items():
+        folder = output / name if len(models) > 1 else output
+        said = analyses.write_siblings(one.checkpoints, folder)
+        found[name] = dataclasses.replace(found[name], sentences=(*found[name].sentences, *said))
     content = {
         "models": {
             name: {"sentences": one.sentences, "notes": one.notes} for name, one in found.items()
@@ -99,19 +151,41 @@ def main(argv):
         page.write(output, found, between, decode=decode, prompts=prompts)
         print(f"page: {output / page.PATH}")
     print(f"numbers: {output}")
+    if not _KEEP.value:
+        shutil.rmtree(output / UNKEPT, ignore_errors=True)
     app.write_json(content)
 
 
 def _read_dumps():
     from olmoe_jax.analysis import analyses, dumps
-    from olmoe_jax.data import tokenizer as tokenizer_lib
 
-    models = {
+    return {
         name: [analyses.Recording(dumps.read(folder, model=name), {})]
         for name, folder in dumps.models(_DUMP.value).items()
     }
-    tokenizer = None if _TOKENIZER.value is None else tokenizer_lib.load(_TOKENIZER.value)
-    return models, tokenizer
+
+
+def _read_traces():
+    from olmoe_jax.analysis import gathered
+
+    return gathered.read(
+        _TRACES.value, scores=_SCORES.value, num_experts=_NUM_EXPERTS.value, k=_K.value
+    )
+
+
+def _named_tokenizer():
+    from olmoe_jax.data import tokenizer as tokenizer_lib
+
+    return None if _TOKENIZER.value is None else tokenizer_lib.load(_TOKENIZER.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recorded:
+    """Of one model: its suites.Checkpoints, the texts, saturation.Saturation or None."""
+
+    checkpoints: list
+    texts: list
+    settled: object
 
 
 def _route_prompts():
@@ -129,8 +203,8 @@ def _route_prompts():
 
 
 def _record(output):
-    """({model: Recordings}, Tokenizer or None)."""
-    from olmoe_jax.analysis import analyses, counts, recording, suites
+    """({model: Recordings}, Tokenizer or None, {model: _Recorded})."""
+    from olmoe_jax.analysis import intervening, sessions, suites
 
     found = {}
     for directory in _MODEL.value:
@@ -138,32 +212,33 @@ def _record(output):
         if every[0].model in found:
             raise ValueError(f"--model: two of the name {every[0].model}: rename one directory")
         found[every[0].model] = every
-    models, first, said = {}, None, set()
-
-    def announce(line):
-        if line not in said:  # every checkpoint reads the same text
-            said.add(line)
-            print(line, flush=True)
-
+    models, first, recorded = {}, None, {}
     for name, every in found.items():
         tokenizer, texts = _texts(every[-1].path)
         first = first or tokenizer
-        models[name] = []
-        for checkpoint in every:
-            print(f"recording {name} {checkpoint.name}".rstrip(), flush=True)
-            folder = output / "traces" / name / (checkpoint.name or "model")
-            # Which tokens went where is asked of the last one only, and is half of the counting.
-            count = functools.partial(counts.Counter, vocabulary=checkpoint is every[-1])
-            recorded = list(
-                recording.record(
-                    checkpoint, texts, folder if _KEEP.value else None, accumulate=count,
-                    precision=_PRECISION.value, announce=announce,
-                )
-            )  # fmt: skip
-            parts = {one.info.domain: one.accumulated.result() for one in recorded}
-            traces = {one.info.domain: one.trace for one in recorded if one.trace is not None}
-            models[name].append(analyses.Recording(parts, traces))
-    return models, first
+        if _INTERVENTIONS.value:
+            intervening.open_job(every[-1], texts, precision=_PRECISION.value)  # or refuses
+        models[name], settled = sessions.record(
+            every, texts, output / (TRACES if _KEEP.value else UNKEPT) / name, keep=_KEEP.value,
+            total_steps=_TOTAL_STEPS.value, precision=_PRECISION.value, announce=_announce,
+        )  # fmt: skip
+        recorded[name] = _Recorded(every, texts, settled)
+    return models, first, recorded
+
+
+def _announce(line):
+    print(line, flush=True)
+
+
+def _intervene(found, recorded):
+    from olmoe_jax.analysis import analyses, intervening, interventions
+
+    chosen = interventions.plan(found.domains, _INTERVENTIONS.value)
+    effects = intervening.run(
+        recorded.checkpoints[-1], recorded.texts, chosen, max_tokens=_INTERVENTION_TOKENS.value,
+        precision=_PRECISION.value, announce=_announce,
+    )  # fmt: skip
+    return analyses.with_interventions(found, effects)
 
 
 def _texts(model):

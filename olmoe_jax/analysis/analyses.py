@@ -5,6 +5,7 @@ its name, and `model_comparison.json` and `expert_matching.json` between neighbo
 """
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Mapping
 
@@ -13,6 +14,8 @@ from olmoe_jax.analysis import (
     comparison,
     counts,
     domains,
+    expert_weights,
+    interventions,
     load,
     matching,
     results,
@@ -45,6 +48,7 @@ class Found:
       saturation: saturation.Saturation; None of a single checkpoint or without traces.
       pooled: Counts over all domains.
       sentences: what it comes to, in words; notes: what was left out, and why.
+      effects: interventions.Effects; None where none were made.
     """
 
     domains: domains.Domains
@@ -57,9 +61,10 @@ class Found:
     pooled: counts.Counts
     sentences: tuple[str, ...]
     notes: tuple[str, ...]
+    effects: interventions.Effects | None = None
 
 
-def find(recordings, *, total_steps=None, decode=None, definition="paper") -> Found:
+def find(recordings, *, total_steps=None, decode=None, definition="paper", settled=None) -> Found:
     """Runs the analyses of one model.
 
     Args:
@@ -67,6 +72,7 @@ def find(recordings, *, total_steps=None, decode=None, definition="paper") -> Fo
       total_steps: of the whole training, where it went on behind the last checkpoint.
       decode: token id → text, or None.
       definition: of co-activation: "paper" or "adjacent" (the released script's).
+      settled: saturation.Saturation, if it was computed while there were traces.
     Raises:
       ValueError: the checkpoints do not belong together, or a domain is empty.
     """
@@ -87,18 +93,21 @@ def find(recordings, *, total_steps=None, decode=None, definition="paper") -> Fo
         notes.append("vocabulary specialisation: not in this source, which does not know tokens")
     elif len(known.info.domain) < len(pooled.info.domain):
         notes.append(f"vocabulary specialisation: of {known.info.domain} only")
-    settled = None
-    if len(recordings) > 1 and all(one.traces for one in recordings):
+    if settled is not None:
+        pass
+    elif len(recordings) > 1 and all(one.traces for one in recordings):
         traces = [list(one.traces.values()) for one in recordings]
         settled = saturation.over_training(traces, total_steps=total_steps)
     elif len(recordings) == 1:
         notes.append("router saturation: needs two or more checkpoints of one training")
     else:
-        notes.append("router saturation: needs traces; keep them (--keep_traces)")
+        notes.append("router saturation: needs traces of every checkpoint")
     sentences = [*words.specialised(by_domain), *words.balanced(together)]
     sentences += words.settled(settled) if settled else ()
     sentences += words.worded(known, tokens, decode=decode) if tokens else ()
     sentences += words.together(pairs) if pairs else ()
+    if pooled.group_weights is None:
+        notes.append("how sure the router is: not in this source, which has no weights")
     every = [part for one in recordings for part in one.parts.values()]
     return Found(
         domains=by_domain, load=together, coactivation=pairs, vocabulary=tokens, known=known,
@@ -106,6 +115,12 @@ def find(recordings, *, total_steps=None, decode=None, definition="paper") -> Fo
         saturation=settled, pooled=pooled, sentences=tuple(sentences),
         notes=(*by_domain.notes, *notes),
     )  # fmt: skip
+
+
+def with_interventions(found, effects) -> Found:
+    """What was found, and interventions.Effects of the same model."""
+    sentences = (*found.sentences, *words.caused(effects))
+    return dataclasses.replace(found, effects=effects, sentences=sentences)
 
 
 def write(found, output, *, decode=None):
@@ -120,6 +135,8 @@ def write(found, output, *, decode=None):
         files["coactivation"] = coactivation.to_json(found.coactivation)
     if found.saturation is not None:
         files["router_saturation"] = saturation.to_json(found.saturation)
+    if found.effects is not None:
+        files["interventions"] = interventions.to_json(found.effects)
     if found.pooled.paths is not None:
         files["expert_paths"] = domains.paths_to_json(
             found.pooled, domains.expert_paths(found.pooled)
@@ -131,13 +148,15 @@ def write(found, output, *, decode=None):
         results.write(output / f"{name}.json", content)
 
 
-def write_all(models, output, *, traces=None, decode=None):
+def write_all(models, output, *, traces=None, weights=None, decode=None):
     """Writes every model's files, and with several models what lies between them.
 
     Args:
       models: name → Found.
       traces: name → the traces of its last checkpoint by domain, for the matching of experts; of
         models that were recorded on different tokens nothing is matched.
+      weights: name → directory of its last checkpoint, for the matching by weights; models whose
+        experts have other shapes are not matched.
     Returns:
       sentences about pairs of models.
     """
@@ -155,12 +174,48 @@ def write_all(models, output, *, traces=None, decode=None):
     }  # fmt: skip
     results.write(output / "model_comparison.json", comparison.to_json(curves))
     names = list(models)
-    for one, two in zip(names, names[1:], strict=False):
-        pair = [list((traces or {}).get(name, {}).values()) for name in (one, two)]
-        if not all(pair):
-            continue
-        matched = matching.by_routing(*pair)
+    for one, two in itertools.pairwise(names):
         suffix = "" if len(names) == 2 else f"_{one}_{two}"
-        results.write(output / f"expert_matching{suffix}.json", matching.to_json(matched))
-        sentences += words.matched(matched)
+        for name, matched in (
+            ("expert_matching", _by_routing(traces or {}, one, two)),
+            ("expert_matching_weights", _by_weights(weights or {}, one, two)),
+        ):
+            if matched is not None:
+                results.write(output / f"{name}{suffix}.json", matching.to_json(matched))
+                sentences += words.matched(matched)
     return tuple(sentences)
+
+
+def _by_routing(traces, one, two):
+    first, second = (list(traces.get(name, {}).values()) for name in (one, two))
+    known = [[(t.info.data, len(t.info.layers)) for t in found] for found in (first, second)]
+    return matching.by_routing(first, second) if first and known[0] == known[1] else None
+
+
+def _by_weights(weights, one, two):
+    if not {one, two} <= weights.keys():
+        return None
+    first, second = (expert_weights.open_experts(weights[name]) for name in (one, two))
+    if not first.is_comparable(second):
+        return None
+    return matching.by_weights(first, second, layers=first.layers, names=(one, two))
+
+
+def write_siblings(checkpoints, output) -> tuple[str, ...]:
+    """Writes how alike the experts of a model are among themselves; returns sentences.
+
+    Args:
+      checkpoints: `suites.Checkpoint`s of one model, in order of training: the first and the last
+        are read.
+      output: directory of the model's files.
+    """
+    ends = checkpoints[:1] + checkpoints[1:][-1:]
+    found = []
+    for one in ends:
+        experts = expert_weights.open_experts(one.path)
+        if experts.num_experts < 2:
+            return ()
+        found.append((one.name, matching.siblings(experts, layers=experts.layers)))
+    path = pathlib.Path(output) / "expert_siblings.json"
+    results.write(path, matching.siblings_to_json(found))
+    return words.diverged(found[-1][1], *(found[:1] if len(found) > 1 else ()))

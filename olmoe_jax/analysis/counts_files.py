@@ -1,6 +1,8 @@
-"""Counts on disk: one .npz file, so that analyses need no trace."""
+"""Counts on disk: one .npz file, so that analyses need no trace; beside a trace, so that it is
+counted once."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -9,19 +11,54 @@ import zipfile
 import numpy as np
 
 from olmoe_jax.analysis import counts as counts_lib
-from olmoe_jax.analysis import tallies, trace
+from olmoe_jax.analysis import tallies, trace, trace_files
 
+NAME = "counts.npz"  # in the directory of the trace that was counted
 _FORMAT = 1
 
 
-def save(path, counts) -> None:
+def of_trace(source, *, vocabulary=True) -> counts_lib.Counts:
+    """The Counts of a FileTrace: those kept in its directory if they are of it, else counted and
+    kept.
+
+    They belong to the trace while its trace.json and the sizes and times of its chunks are what
+    they were, and while counting has the settings of this version.
+
+    Args:
+      vocabulary: whether tokens are needed; kept counts may have them anyway.
+    Raises:
+      ValueError: the trace holds no token, or is damaged.
+    """
+    path, key = source.path / NAME, _key(source)
+    try:
+        kept, kept_key = _read(path)
+    except (FileNotFoundError, ValueError):
+        kept_key = None  # none, or not whole: counted anew
+    if kept_key == key and (kept.vocabulary is not None or not vocabulary):
+        return kept
+    found = counts_lib.count(source, vocabulary=vocabulary)
+    save(path, found, key=key)
+    return found
+
+
+def _key(source):
+    """What the counts of a trace depend on, as SHA-256."""
+    files = [source.path / trace_files.INFO, *sorted(source.path.glob("chunk_*.npz"))]
+    state = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    settings = [_FORMAT, counts_lib.GROUPS, counts_lib.FOLDS, dataclasses.asdict(source.info)]
+    return hashlib.sha256(json.dumps([settings, state]).encode()).hexdigest()
+
+
+def save(path, counts, *, key="") -> None:
     """Writes Counts, whole or not at all.
 
-    Members: "about" (JSON: format, info, folds, path_layers), the arrays by their names, and
-    tallies as vocabulary/KIND/RANK/LAYER/{keys,counts} and occurrences/KIND/{keys,counts}.
+    Members: "about" (JSON: format, info, folds, path_layers, `key`: what they are of), the arrays
+    by their names, and tallies as vocabulary/KIND/RANK/LAYER/{keys,counts} and
+    occurrences/KIND/{keys,counts}.
     """
     about = {"format": _FORMAT, "info": dataclasses.asdict(counts.info), "folds": counts.folds}
     about["path_layers"] = counts.path_layers
+    about["key"] = key
     about["words"] = counts.vocabulary is not None
     arrays = {"about": np.array(json.dumps(about))}
     for field in dataclasses.fields(counts_lib.Counts):
@@ -50,6 +87,11 @@ def load(path) -> counts_lib.Counts:
     Raises:
       FileNotFoundError, ValueError: there is no such file, or it is not one of `save`'s.
     """
+    return _read(path)[0]
+
+
+def _read(path):
+    """(Counts, key)."""
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file of counts")
     try:
@@ -77,11 +119,12 @@ def load(path) -> counts_lib.Counts:
                     _get(arrays, f"vocabulary/{rest[0]}/{rest[1]}/{layer}")
                     for layer in range(len(info["layers"]))
                 )
-    return counts_lib.Counts(
+    found = counts_lib.Counts(
         info=trace.TraceInfo(**info), folds=about["folds"],
         path_layers=tuple(tuple(pair) for pair in about["path_layers"]),
         vocabulary=vocabulary, occurrences=occurrences, **values,
     )  # fmt: skip
+    return found, about.get("key", "")
 
 
 def _put(arrays, name, tally):

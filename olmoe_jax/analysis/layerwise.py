@@ -173,18 +173,49 @@ def apply_layer(
         )
 
 
+def apply_overridden(
+    params, x, token_mask, override, segment_ids=None, expert_weights=None, *, config, is_moe
+):  # fmt: skip
+    """One layer whose routing is intervened in, compiled once for all layers and interventions.
+
+    Args:
+      params, x, token_mask, segment_ids, expert_weights: as of `apply_layer`.
+      override: `routing.RoutingOverride` of this layer; a dense layer ignores it.
+    Returns:
+      [b, l, d].
+    """
+    with _exact(config):
+        return _overridden(
+            params, x, token_mask, override, segment_ids, expert_weights, config=config,
+            is_moe=is_moe,
+        )  # fmt: skip
+
+
 def _exact(config):
     """float32 products as such: TPUs and GPUs round their factors by default."""
     return jax.default_matmul_precision("highest" if config.dtype == "float32" else None)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "is_moe"))
-def _layer(params, x, token_mask, segment_ids, expert_weights, *, config, is_moe):
+def _block(params, x, token_mask, segment_ids, override, expert_weights, config, is_moe):
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     block = transformer.Block(config, is_moe, routing_group=0)
-    x, routed, _ = block.apply(
-        {"params": params}, x, positions, segment_ids, token_mask, None, expert_weights
+    return block.apply(
+        {"params": params}, x, positions, segment_ids, token_mask, override, expert_weights
     )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "is_moe"))
+def _overridden(params, x, token_mask, override, segment_ids, expert_weights, *, config, is_moe):
+    return _block(
+        params, x, token_mask, segment_ids, override, expert_weights, config, is_moe
+    )[0]  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("config", "is_moe"))
+def _layer(params, x, token_mask, segment_ids, expert_weights, *, config, is_moe):
+    x, routed, _ = _block(
+        params, x, token_mask, segment_ids, None, expert_weights, config, is_moe
+    )  # fmt: skip
     if routed is None:
         return x, None
     probs = routing.probabilities(routed.logits, config.router_scores)

@@ -196,7 +196,8 @@ def cosines(one, two):
         raise ValueError(f"weights {sorted(one)} and {sorted(two)}: expected the same names")
     dot, squares = 0.0, [0.0, 0.0]
     for name in one:
-        x, y = (_flat(weights[name]) for weights in (one, two))
+        x = _flat(one[name])
+        y = x if two is one else _flat(two[name])
         if x.shape[1:] != y.shape[1:]:
             raise ValueError(
                 f"{name}: an expert has {x.shape[1]} numbers in one model, {y.shape[1]} in the "
@@ -274,10 +275,19 @@ def siblings(weights: Iterable[Mapping], *, layers) -> tuple[Siblings, ...]:
     return tuple(found)
 
 
-def siblings_to_json(found):
-    """expert_siblings.json."""
+def siblings_to_json(checkpoints):
+    """expert_siblings.json, from (name of a checkpoint, what `siblings` returned) pairs."""
     return {
-        one.layer: {"matrix": one.matrix, "mean": one.mean, "closest": one.closest} for one in found
+        "checkpoints": [
+            {
+                "name": name,
+                "layers": {
+                    one.layer: {"matrix": one.matrix, "mean": one.mean, "closest": one.closest}
+                    for one in found
+                },
+            }
+            for name, found in checkpoints
+        ]
     }
 
 

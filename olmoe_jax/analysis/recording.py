@@ -67,6 +67,34 @@ def record(
     """
     if output is None and accumulate is None:
         raise ValueError("neither output nor accumulate is given: nothing would be kept")
+    texts = list(texts)
+    job = open_job(
+        model, texts, dtype=dtype, precision=precision, tokens_per_batch=tokens_per_batch
+    )
+    for line in itertools.chain.from_iterable(text.remarks() for text in texts):
+        announce(line)
+    if streamed is None:
+        streamed = too_large(job.weights)
+    sinks = [
+        sinks_lib.Sink(text, _info(text, job), output, accumulate, job.identity()) for text in texts
+    ]
+    if scratch_folder is None and output is not None:
+        scratch_folder = f"{os.path.expanduser(output).rstrip('/')}.scratch"
+    if streamed and not all(sink.is_whole for sink in sinks):
+        _check_disk(job, carried_tokens, scratch_folder or tempfile.gettempdir())
+        announce(
+            f"{job.checkpoint.path}: layer by layer: {job.weights.layer_bytes() / 1e9:.2f} of "
+            f"{job.weights.num_bytes() / 1e9:.2f} GB of weights in memory at a time"
+        )
+    return _run(job, sinks, carried_tokens if streamed else None, scratch_folder)
+
+
+def open_job(model, texts, *, dtype="float32", precision="float32", tokens_per_batch=None):
+    """The `running.Job` of a model over texts, checked; arguments as of `record`.
+
+    Raises:
+      FileNotFoundError, ValueError: model, texts or settings do not fit each other.
+    """
     for name, value in (("dtype", dtype), ("precision", precision)):
         if value not in config_lib.DTYPE_NAMES:
             choices = ", ".join(config_lib.DTYPE_NAMES)
@@ -77,32 +105,14 @@ def record(
         source.config.model, dtype=dtype, router_dtype=precision, expert_backend="auto", remat=False
     )
     _check_model(config, checkpoint.path)
-    texts = list(texts)
     _check_texts(texts, config, checkpoint.path)
-    for line in itertools.chain.from_iterable(text.remarks() for text in texts):
-        announce(line)
-    job = running.Job(
+    return running.Job(
         checkpoint=checkpoint,
         weights=layerwise.Weights(source, config),
         batches=_batches(texts, config, tokens_per_batch),
         state=source.state(),
         mask_documents=source.config.data.mask_documents,
     )
-    if streamed is None:
-        streamed = _too_large(job)
-    sinks = [
-        sinks_lib.Sink(text, _info(text, config, checkpoint), output, accumulate, job.identity())
-        for text in texts
-    ]
-    if scratch_folder is None and output is not None:
-        scratch_folder = f"{os.path.expanduser(output).rstrip('/')}.scratch"
-    if streamed and not all(sink.is_whole for sink in sinks):
-        _check_disk(job, carried_tokens, scratch_folder or tempfile.gettempdir())
-        announce(
-            f"{checkpoint.path}: layer by layer: {job.weights.layer_bytes() / 1e9:.2f} of "
-            f"{job.weights.num_bytes() / 1e9:.2f} GB of weights in memory at a time"
-        )
-    return _run(job, sinks, carried_tokens if streamed else None, scratch_folder)
 
 
 def _check_model(config, path):
@@ -163,7 +173,8 @@ def _batches(texts, config, tokens_per_batch):
     ]
 
 
-def _info(text, config, checkpoint):
+def _info(text, job):
+    config, checkpoint = job.config, job.checkpoint
     return trace.TraceInfo(
         model=checkpoint.model,
         checkpoint=checkpoint.name,
@@ -183,15 +194,15 @@ def _info(text, config, checkpoint):
     )
 
 
-def _too_large(job):
-    """Whether the weights do not fit where they would be computed with."""
+def too_large(weights) -> bool:
+    """Whether a model's `layerwise.Weights` do not fit where they would be computed with."""
     device = jax.local_devices()[0]
     statistics = None if device.platform == "cpu" else device.memory_stats()
     if statistics and "bytes_limit" in statistics:
         free = statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
     else:
         free = machine.free_memory()
-    return free is not None and ROOM * job.weights.num_bytes() > free
+    return free is not None and ROOM * weights.num_bytes() > free
 
 
 def _check_disk(job, carried_tokens, where):

@@ -52,9 +52,19 @@ its 95 % interval over documents, null where documents are not known. NaN is nul
     model, checkpoint, prompts: [{text, tokens: [{id, text, predicted: {id, text}, the model's most
       probable next token}], layers: {layer: {experts: [tokens][k], by falling weight; weights:
       [tokens][k], of the softmax over all experts}}}]
+  expert_matching_weights.json: as expert_matching.json, by "weights"
   expert_siblings.json
-    {layer: {matrix: [experts][experts], cosines of the weights of one model's experts; mean,
-      closest: over pairs of different experts}}
+    checkpoints: [{name, layers: {layer: {matrix: [experts][experts], cosines of the weights of the
+      model's experts; mean, closest: over pairs of different experts}}}], the first and the last
+  interventions.json
+    unit; weights_renormalised: whether the model divides the chosen weights by their sum
+    domains: {domain: {tokens, documents, loss: EST without intervention}}
+    contrasts: {muted | excluded: {own, control, elsewhere: EST, mean change of a domain's loss by
+      its own experts, by random ones, and of the other domains by the former; beyond_control,
+      beyond_elsewhere: EST, the differences; control_p, elsewhere_p: share of sign flips over
+      experts that reach them}}
+    interventions: [{kind: muted, excluded or uniform; layer: null for all; expert; chosen:
+      [{domain, as: own or control}]; domains: {domain: {change: EST, share of its tokens}}}]
   model_comparison.json
     models: [names], metrics: {name: {unit, models: {model: {depth: [0..1], value: [], low, high}},
       differences: {"b − a": {depth, value, low, high}}}}

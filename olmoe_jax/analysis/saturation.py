@@ -145,29 +145,63 @@ def over_training(checkpoints, *, total_steps=None, seed=0) -> Saturation:
         steps = [traces[0].info.step for traces in checkpoints]
         if len(set(steps)) < len(steps):
             raise ValueError(f"two checkpoints have the same step, among {steps}")
-    last = checkpoints[-1]
-    total = total_steps or last[0].info.step
-    found = {}
+    *earlier, last = checkpoints
+    follower = Follower(last)
+    for traces in earlier:
+        follower.add(traces)
+    return follower.result(total_steps=total_steps, seed=seed)
 
-    def point(one, two):
-        if (one, two) not in found:
-            pairs = zip(checkpoints[one], checkpoints[two], strict=True)
-            both = pool([overlap(a, b) for a, b in pairs])
-            found[one, two] = _point(
-                checkpoints[one][0].info, checkpoints[two][0].info, both, total, seed
-            )
-        return found[one, two]
 
-    end = len(checkpoints) - 1
-    info = last[0].info
-    return Saturation(
-        model=info.model, domains=domains[0], layers=info.layers, reference=info.checkpoint,
-        against_final=tuple(point(i, end) for i in range(end)),
-        neighbours=tuple(point(i, j) for i, j in itertools.pairwise(range(end + 1))),
-        chance={
-            "topk": info.num_experts_per_token / info.num_experts, "top1": 1 / info.num_experts
-        },
-    )  # fmt: skip
+class Follower:
+    """Saturation over a training whose traces come one checkpoint at a time, the last one first.
+
+    Only that one's traces and those of the checkpoint before are read again: others may be gone.
+
+    Args:
+      last: traces of the last checkpoint, one per domain.
+    """
+
+    def __init__(self, last):
+        self._last, self._previous = list(last), None
+        self._infos, self._final, self._neighbours = [], [], []
+
+    def add(self, traces):
+        """The next checkpoint, in order of training; domains as of the last one.
+
+        Raises:
+          ValueError: the traces are of other data, layers or experts.
+        """
+        traces = list(traces)
+        self._infos.append(traces[0].info)
+        self._final.append(_agreement(traces, self._last))
+        if self._previous is not None:
+            self._neighbours.append(_agreement(self._previous, traces))
+        self._previous = traces
+
+    def result(self, *, total_steps=None, seed=0) -> Saturation:
+        """When all were added; arguments as of `over_training`."""
+        info = self._last[0].info
+        total, every = total_steps or info.step, [*self._infos, info]
+        neighbours = [*self._neighbours, self._final[-1]]
+        return Saturation(
+            model=info.model, domains=tuple(one.info.domain for one in self._last),
+            layers=info.layers, reference=info.checkpoint,
+            against_final=tuple(
+                _point(one, info, both, total, seed)
+                for one, both in zip(self._infos, self._final, strict=True)
+            ),
+            neighbours=tuple(
+                _point(one, two, both, total, seed)
+                for (one, two), both in zip(itertools.pairwise(every), neighbours, strict=True)
+            ),
+            chance={
+                "topk": info.num_experts_per_token / info.num_experts, "top1": 1 / info.num_experts
+            },
+        )  # fmt: skip
+
+
+def _agreement(one, two):
+    return pool([overlap(a, b) for a, b in zip(one, two, strict=True)])
 
 
 def _point(one, two, both, total, seed):

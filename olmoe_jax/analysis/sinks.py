@@ -44,7 +44,7 @@ class Sink:
       text: texts.Text.
       info: TraceInfo of it.
       output, accumulate: as of `recording.record`.
-      job: JSON values: what the results depend on beside text and info.
+      job: what the results depend on beside text and info, as `running.Job.identity`.
 
     Attributes:
       tokens: added since it was opened.
@@ -60,7 +60,7 @@ class Sink:
         self.tokens, self._near_ties = 0, np.zeros(len(info.layers), np.int64)
         if self._path is not None and self._path.exists():
             self._whole = trace_files.open_trace(self._path)
-            _check_same(self._whole, info)
+            _check_same(self._whole, info, job)
 
     @property
     def is_whole(self):
@@ -115,11 +115,17 @@ class Sink:
         return Recorded(whole.info, whole, self._accumulator, self.tokens, dict(seconds))
 
 
-def _check_same(found, info):
+def _check_same(found, info, job):
     pairs = ((f.name, getattr(found.info, f.name), getattr(info, f.name))
              for f in dataclasses.fields(info) if f.name != "near_ties")  # fmt: skip
     if differ := [f"{name}={a!r} instead of {b!r}" for name, a, b in pairs if a != b]:
         raise ValueError(
             f"{found.path}: holds another trace, with {', '.join(differ)}; delete it or name "
             "another output"
+        )
+    # one without a job is of an earlier version, which did not note it
+    if found.job is not None and found.job["contents"] != job["contents"]:
+        raise ValueError(
+            f"{found.path}: was made from other weights, or before the files of {job['model']} "
+            "were written last; delete it or name another output"
         )

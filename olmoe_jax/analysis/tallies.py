@@ -29,12 +29,12 @@ def empty() -> Tally:
     return Tally(np.zeros(0, np.uint32), np.zeros(0, np.uint32))
 
 
-def count(keys) -> Tally:
-    """The tally of an array of keys, uint32, in any order."""
-    keys = np.sort(keys, axis=None)
-    first = _starts(keys)
-    counts = np.diff(np.append(first, len(keys)))
-    return Tally(keys[first], counts.astype(np.uint32))
+def of_counts(keys, counts) -> Tally:
+    """The tally of keys that are all different, uint32, with their counts; quick if the keys are
+    nearly in order."""
+    packed = _pack(Tally(keys, counts))
+    packed.sort(kind="stable")
+    return Tally(*_unpack(packed))
 
 
 def merge(tallies) -> Tally:
@@ -47,10 +47,10 @@ def merge(tallies) -> Tally:
     if len(tallies) < 2:
         return tallies[0] if tallies else empty()
     packed = np.concatenate([_pack(tally) for tally in tallies])
-    packed.sort()
-    keys, counts = (packed >> np.uint64(32)).astype(np.uint32), packed & np.uint64(_LIMIT - 1)
+    packed.sort(kind="stable")  # which merges what is in order already: 40 times as fast
+    keys, counts = _unpack(packed)
     first = _starts(keys)
-    totals = np.add.reduceat(counts, first)
+    totals = np.add.reduceat(counts, first, dtype=np.uint64)
     if totals.max() >= _LIMIT:
         raise ValueError("a token went to one expert 2^32 times: count such a trace in parts")
     return Tally(keys[first], totals.astype(np.uint32))
@@ -58,6 +58,10 @@ def merge(tallies) -> Tally:
 
 def _pack(tally):
     return (tally.keys.astype(np.uint64) << np.uint64(32)) | tally.counts
+
+
+def _unpack(packed):
+    return (packed >> np.uint64(32)).astype(np.uint32), packed.astype(np.uint32)
 
 
 def _starts(keys):
@@ -74,9 +78,8 @@ class Growing:
     def __init__(self):
         self._merged, self._waiting, self._size = empty(), [], 0
 
-    def add(self, keys):
-        """Counts an array of keys, uint32."""
-        tally = count(keys)
+    def add(self, tally):
+        """Adds what another tally counted."""
         self._waiting.append(tally)
         self._size += len(tally)
         if self._size > max(_PATIENCE, len(self._merged)):

@@ -1,6 +1,7 @@
 """A routing trace on disk: written chunk by chunk, complete or absent, read without the model.
 
-    DIR/trace.json         {"format": 1, TraceInfo's fields, "chunks": [tokens of each chunk]}
+    DIR/trace.json         {"format": 1, TraceInfo's fields, "chunks": [tokens of each chunk],
+                           "job": what else it was made of, such as the model's weights, or null}
     DIR/chunk_00000.npz    consecutive tokens: what `numpy.load` reads, a zip of deflated arrays
 
 Arrays of a chunk, little-endian, rows in the order of the tokens:
@@ -79,7 +80,7 @@ class TraceWriter:
     """
 
     def __init__(self, path, info, job=None):
-        self._info = dataclasses.replace(info, near_ties=())
+        self._info, self._job = dataclasses.replace(info, near_ties=()), job
         self._partial = partial.Partial(path, {**dataclasses.asdict(self._info), "job": job})
         try:
             sound = self._partial.sound(lambda name, _: _bytes(self._partial.folder / name))
@@ -155,9 +156,10 @@ class TraceWriter:
         ties = () if near_ties is None else tuple(int(n) for n in near_ties)
         info = dataclasses.replace(self._info, near_ties=ties)
         content = {"format": FORMAT, **dataclasses.asdict(info), "chunks": self._chunks}
+        content["job"] = self._job
         (folder / INFO).write_text(json.dumps(content, indent=1) + "\n")
         self._partial.commit()
-        return FileTrace(info, self._partial.path, tuple(self._chunks))
+        return FileTrace(info, self._partial.path, tuple(self._chunks), self._job)
 
     def flush(self):
         """Writes what was added since the last chunk as one chunk, whatever its size."""
@@ -185,11 +187,13 @@ class FileTrace:
     Attributes:
       path: of its directory.
       chunks: tokens of each chunk.
+      job: JSON values that its writer was given, or None.
     """
 
     info: trace.TraceInfo
     path: pathlib.Path
     chunks: tuple[int, ...]
+    job: object = None
 
     def blocks(self, size: int = CHUNK_TOKENS):
         """All tokens in order, at most `size` at a time.
@@ -246,6 +250,7 @@ def open_trace(path) -> FileTrace:
         if (found := content.pop("format")) != FORMAT:
             raise ValueError(f"{path}: a trace of format {found}, this version reads {FORMAT}")
         chunks = tuple(int(n) for n in content.pop("chunks"))
+        job = content.pop("job", None)
         info = info_of(content)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path / INFO}: damaged ({error!r}); record it again") from None
@@ -253,7 +258,7 @@ def open_trace(path) -> FileTrace:
         raise ValueError(
             f"{path / INFO}: chunks of {sum(chunks)} tokens, but num_tokens is {info.num_tokens}"
         )
-    return FileTrace(info, path, chunks)
+    return FileTrace(info, path, chunks, job)
 
 
 def info_of(values) -> trace.TraceInfo:

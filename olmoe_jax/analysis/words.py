@@ -3,7 +3,7 @@ particular model: each sentence follows from values, and says when chance explai
 
 import numpy as np
 
-from olmoe_jax.analysis import resampling, vocabulary
+from olmoe_jax.analysis import interventions, resampling, vocabulary
 
 _CLEAR = 2.0  # times chance from which an overlap or a favourite is worth a sentence
 _WEAK = 0.02  # share of the largest information below which experts depend on domains weakly
@@ -109,7 +109,14 @@ def balanced(result) -> tuple[str, ...]:
 
 def settled(result) -> tuple[str, ...]:
     """How early the router was what it is at the end, from saturation.Saturation."""
-    first, chance = result.against_final[0], result.chance["topk"]
+    untrained = result.against_final[0].step == 0
+    behind = result.against_final[1:] if untrained else result.against_final
+    if not behind:
+        return (
+            f"Only {result.reference} was trained: there is no earlier checkpoint to compare its "
+            "router with but the untrained one.",
+        )
+    first, chance = behind[0], result.chance["topk"]
     where = "" if first.share is None else f" ({100 * first.share:.2g} % of training)"
     value = first.topk_mean
     low = value.value if value.low is None else value.low
@@ -123,8 +130,11 @@ def settled(result) -> tuple[str, ...]:
         f"{result.reference} (chance: {_percent(chance)}); of the first choices "
         f"{_percent(first.top1_mean.value)} ({_percent(result.chance['top1'])})."
     ]
-    if len(result.against_final) > 1:
-        last = result.against_final[-1]
+    if untrained:
+        start = result.against_final[0]
+        out.append(f"Untrained, at {start.name}, it was {_percent(start.topk_mean.value)}.")
+    if len(behind) > 1:
+        last = behind[-1]
         out.append(f"At {last.name} it is {_percent(last.topk_mean.value)}.")
     slow = int(np.argmin(first.topk.value))
     quick = int(np.argmax(first.topk.value))
@@ -183,6 +193,62 @@ def together(result) -> tuple[str, ...]:
     )
 
 
+def caused(result) -> tuple[str, ...]:
+    """What the loss says about the experts that stand out, from interventions.Effects."""
+    kept = " (the other experts' weights stay as they are)"
+    how = {interventions.MUTED: ("Muting", kept), interventions.EXCLUDED: ("Going around", "")}
+    out = []
+    for kind, one in result.contrasts.items():
+        verb, remark = how[kind]
+        sentence = (
+            f"{verb} one of the experts that stand out in a domain{remark} changes its loss by "
+            f"{_nats(one.own)} on average"
+        )
+        for against, name, beyond, p_value in (
+            (one.control, "random experts of the same layers", one.beyond_control, one.control_p),
+            (one.elsewhere, "the same experts in the other domains", one.beyond_elsewhere,
+             one.elsewhere_p),
+        ):  # fmt: skip
+            if against is None:
+                continue
+            verdict = (
+                "less" if interventions.is_beyond(beyond, p_value) else "no better than chance"
+            )
+            if beyond.low is None:
+                verdict = "not to be told from chance, as a domain has one document"
+            sentence += f"; {name}: {_nats(against)}, {verdict}"
+        out.append(f"{sentence}.")
+    chosen = result.plan
+    uniform = [i for i, one in enumerate(chosen.interventions) if one.layer is None]
+    single = [
+        i for i, one in enumerate(chosen.interventions)
+        if one.kind == interventions.UNIFORM and one.layer is not None
+    ]  # fmt: skip
+    changes = result.change.value.mean(1)
+    most, least = max(single, key=changes.__getitem__), min(single, key=changes.__getitem__)
+    sentence = (
+        f"With experts drawn at random in all layers the loss rises by {changes[uniform[0]]:.2g} "
+        "nats per token"
+    )
+    if most != least:
+        where = [chosen.layers[chosen.interventions[i].layer] for i in (most, least)]
+        sentence += (
+            f", in one layer by {changes[most]:.2g} (layer {where[0]}) to {changes[least]:.2g} "
+            f"(layer {where[1]})"
+        )
+    return (*out, f"{sentence}.")
+
+
+def _nats(estimate):
+    """+0.12 nats per token (95 %: +0.08 to +0.16)."""
+    if estimate.low is None:
+        return f"{float(estimate.value):+.2g} nats per token"
+    return (
+        f"{float(estimate.value):+.2g} nats per token (95 %: {float(estimate.low):+.2g} to "
+        f"{float(estimate.high):+.2g})"
+    )
+
+
 def matched(result) -> tuple[str, ...]:
     """Whether two models have the same experts, from matching.Matching."""
     values = np.array([float(layer.mean.value) for layer in result.layers])
@@ -205,16 +271,24 @@ def matched(result) -> tuple[str, ...]:
     )
 
 
-def diverged(found) -> tuple[str, ...]:
-    """Whether the copies of an upcycled model are still copies, from matching.siblings."""
+def diverged(found, first=None) -> tuple[str, ...]:
+    """Whether the experts of a layer are, or still are, copies of one another.
+
+    Args:
+      found: what matching.siblings returned.
+      first: (name, the same) of the first checkpoint, if there is an earlier one.
+    """
     means = np.array([one.mean for one in found])
     least, most = int(np.argmin(means)), int(np.argmax(means))
     if means.min() > 1 - 1e-3:
         return ("The experts of each layer are still copies of one another (cosine 1).",)
+    before = ""
+    if first is not None:
+        before = f" At {first[0]} it was {np.mean([one.mean for one in first[1]]):.2g}."
     return (
         f"The experts of a layer have a mean cosine of {means.mean():.2g} among themselves: from "
         f"{means[least]:.2g} in layer {found[least].layer} to {means[most]:.2g} in layer "
-        f"{found[most].layer}; copies start at 1, strangers at 0.",
+        f"{found[most].layer}; copies start at 1, strangers at 0.{before}",
     )
 
 

@@ -96,8 +96,10 @@ def test_copies_diverge():
     assert fresh.mean == pytest.approx(1) and 0.4 < grown.mean < grown.closest < 0.95
     assert "still copies" in words.diverged((fresh,))[0]
     assert "in layer 1 to 1 in layer 0; copies start at 1" in words.diverged((fresh, grown))[0]
-    written = results.plain(matching.siblings_to_json((fresh, grown)))
-    assert written["1"]["closest"] == pytest.approx(grown.closest, rel=1e-5)
+    written = results.plain(matching.siblings_to_json([("step2", (fresh, grown))]))
+    (only,) = written["checkpoints"]
+    assert only["name"] == "step2"
+    assert only["layers"]["1"]["closest"] == pytest.approx(grown.closest, rel=1e-5)
     with pytest.raises(ValueError, match="one expert"):
         matching.siblings([{"w": weights[:1]}], layers=(0,))
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from olmoe_jax.analysis import texts, trace
-from tests.porting import foreign
+from olmoe_jax.analysis import recording, texts, trace
+from tests.porting import foreign, tiny
 
 VOCAB = foreign.MODEL.vocab_size
 LENGTH = 11  # of a window
@@ -65,3 +65,20 @@ class Blocks(list):
 def whole(found):
     """The tokens of a trace as one block."""
     return trace.join(list(found.blocks()))
+
+
+def three_texts():
+    """Of three domains, the second shorter than a window."""
+    return [text("a", 50, seed=1), text("b/c", 7, seed=2), text("d", 33)]
+
+
+def record(model, given, output=None, **options):
+    """`recording.record`, all of it, two windows at a time."""
+    options = {"announce": tiny.quiet, "tokens_per_batch": 2 * LENGTH} | options
+    return list(recording.record(model, given, output, **options))
+
+
+def same(a, b):
+    """Two Blocks are the same bits."""
+    for field in dataclasses.fields(trace.Block):
+        np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name), field.name)

@@ -2,10 +2,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import shutil
-import signal
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +10,7 @@ import pytest
 
 import olmoe_jax
 from olmoe_jax import checkpoints, config
-from olmoe_jax.analysis import layerwise, recording, scratch, sinks, suites, trace, trace_files
+from olmoe_jax.analysis import layerwise, recording, sinks, suites, trace
 from olmoe_jax.analysis import texts as texts_lib
 from olmoe_jax.data import tokenizer as tokenizer_lib
 from olmoe_jax.porting import sources
@@ -29,20 +25,6 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return models.folder(tmp_path_factory.mktemp("model") / "tiny")
-
-
-def _texts():
-    return [models.text("a", 50, seed=1), models.text("b/c", 7, seed=2), models.text("d", 33)]
-
-
-def _record(model, texts, output=None, **options):
-    options = {"announce": tiny.quiet, "tokens_per_batch": 2 * models.LENGTH} | options
-    return list(recording.record(model, texts, output, **options))
-
-
-def _same(a, b):
-    for field in dataclasses.fields(trace.Block):
-        np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name), field.name)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -91,8 +73,8 @@ def _agrees(got, want):
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_every_token_is_recorded_as_the_model_computes_it(model, streamed):
-    found = _record(model, _texts(), accumulate=models.Blocks, streamed=streamed)
-    for text, one in zip(_texts(), found, strict=True):
+    found = models.record(model, models.three_texts(), accumulate=models.Blocks, streamed=streamed)
+    for text, one in zip(models.three_texts(), found, strict=True):
         block, ties = _expected(model, text)
         _agrees(trace.join(one.accumulated), block)
         assert one.info.near_ties == ties
@@ -108,16 +90,18 @@ def test_every_token_is_recorded_as_the_model_computes_it(model, streamed):
 
 
 def test_streamed_and_resident_give_the_same_bits(model, tmp_path):
-    texts = _texts()
-    once = _record(model, texts, tmp_path / "resident", streamed=False, accumulate=models.Blocks)
-    layer = _record(model, texts, tmp_path / "streamed", streamed=True)
-    few = _record(model, texts, tmp_path / "few", streamed=True, carried_tokens=30)
-    direct = _record(model, texts, accumulate=models.Blocks, streamed=False)
+    texts = models.three_texts()
+    once = models.record(
+        model, texts, tmp_path / "resident", streamed=False, accumulate=models.Blocks
+    )
+    layer = models.record(model, texts, tmp_path / "streamed", streamed=True)
+    few = models.record(model, texts, tmp_path / "few", streamed=True, carried_tokens=30)
+    direct = models.record(model, texts, accumulate=models.Blocks, streamed=False)
     for a, b, c, d in zip(once, layer, few, direct, strict=True):
         assert a.info == b.info == c.info == d.info
-        _same(models.whole(a.trace), models.whole(b.trace))
-        _same(models.whole(a.trace), models.whole(c.trace))
-        _same(models.whole(a.trace), trace.join(a.accumulated))
+        models.same(models.whole(a.trace), models.whole(b.trace))
+        models.same(models.whole(a.trace), models.whole(c.trace))
+        models.same(models.whole(a.trace), trace.join(a.accumulated))
         exact = trace.join(d.accumulated).weights
         np.testing.assert_allclose(models.whole(a.trace).weights, exact, rtol=HALF)
     assert not list(tmp_path.glob("*.scratch")) and not list(tmp_path.glob("*/*.partial"))
@@ -151,7 +135,7 @@ def test_other_architectures(changes, tmp_path):
         kept.save_params(3, params)
     ids = np.random.default_rng(1).integers(0, run.model.vocab_size, 19).astype(np.int32)
     text = texts_lib.Text("a", ids, np.arange(19, dtype=np.int32) // 8, 8)
-    (found,) = _record(tmp_path / "run", [text], accumulate=models.Blocks, streamed=True)
+    (found,) = models.record(tmp_path / "run", [text], accumulate=models.Blocks, streamed=True)
     block, ties = _expected(tmp_path / "run", text)
     _agrees(trace.join(found.accumulated), block)
     moe = [i for i in range(run.model.num_layers) if run.model.is_moe_layer(i)]
@@ -170,7 +154,7 @@ def test_sigmoid_scores_and_biases_are_recorded_as_the_model_computes_them(tmp_p
         kept.save_params(3, params)
     ids = rng.integers(0, run.model.vocab_size, 400).astype(np.int32)
     text = texts_lib.Text("a", ids, np.arange(400, dtype=np.int32) // 8, 8)
-    (found,) = _record(tmp_path / "run", [text], accumulate=models.Blocks, streamed=True)
+    (found,) = models.record(tmp_path / "run", [text], accumulate=models.Blocks, streamed=True)
     model, params = olmoe_jax.load(tmp_path / "run")
     routing = _apply(model, params, ids.reshape(-1, 8)).routing
     logits, chosen = (
@@ -196,11 +180,11 @@ def test_all_four_kinds_of_directory_give_one_trace(tmp_path):
     ids = np.arange(20, dtype=np.int32)
     text = texts_lib.Text("a", ids, np.zeros(20, np.int32), 16)
     found = [
-        _record(tmp_path / name, [text], accumulate=models.Blocks, streamed=True)[0]
+        models.record(tmp_path / name, [text], accumulate=models.Blocks, streamed=True)[0]
         for name in ("run", "hf", "olmo", "orbax")
     ]
     for one in found[1:]:
-        _same(trace.join(one.accumulated), trace.join(found[0].accumulated))
+        models.same(trace.join(one.accumulated), trace.join(found[0].accumulated))
     assert [one.info.model for one in found] == ["run", "hf", "olmo", "orbax"]
 
 
@@ -210,9 +194,9 @@ def test_bfloat16_is_mimicked(model):
     found = {}
     for dtype, precision in (("float32", "bfloat16"), ("bfloat16", "bfloat16")):
         options = {"dtype": dtype, "precision": precision, "accumulate": models.Blocks}
-        (one,) = _record(model, [text], streamed=True, **options)
-        (two,) = _record(model, [text], streamed=False, **options)
-        _same(trace.join(one.accumulated), trace.join(two.accumulated))
+        (one,) = models.record(model, [text], streamed=True, **options)
+        (two,) = models.record(model, [text], streamed=False, **options)
+        models.same(trace.join(one.accumulated), trace.join(two.accumulated))
         assert one.info.precision == "bfloat16"
         found[dtype] = trace.join(one.accumulated)
     block, _ = _expected(model, text, router_dtype="bfloat16")
@@ -253,142 +237,6 @@ def test_padding_has_no_near_ties(model):
     assert (np.asarray(choices.weights)[0] == 0).all()
 
 
-class Killed(Exception):
-    """Stands for a kill."""
-
-
-def _kill_after(monkeypatch, calls, name="apply_layer"):
-    """Lets the function of `layerwise` work so often; returns how often it was called."""
-    real, count = getattr(layerwise, name), [0]
-
-    def counted(*args, **options):
-        if count[0] == calls:
-            raise Killed
-        count[0] += 1
-        return real(*args, **options)
-
-    monkeypatch.setattr(layerwise, name, counted)
-    return count
-
-
-@pytest.mark.parametrize("mark_seconds", [0.0, 60.0])
-@pytest.mark.parametrize("calls", [0, 1, 5, 7, 12, 17])
-def test_streaming_goes_on_where_it_was_killed(model, tmp_path, monkeypatch, calls, mark_seconds):
-    monkeypatch.setattr(scratch, "MARK_SECONDS", mark_seconds)
-    expected = _record(model, _texts(), tmp_path / "whole", streamed=True)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        _kill_after(patch, calls)
-        _record(model, _texts(), tmp_path / "out", streamed=True)
-    with monkeypatch.context() as patch:
-        count = _kill_after(patch, -1)
-        found = _record(model, _texts(), tmp_path / "out", streamed=True)
-    batches, layers = 3 + 1 + 2, 3
-    kept = calls if mark_seconds == 0 else calls // batches * batches
-    assert count[0] == batches * layers - kept
-    for a, b in zip(expected, found, strict=True):
-        assert a.info == b.info
-        _same(models.whole(a.trace), models.whole(b.trace))
-    assert not (tmp_path / "out.scratch").exists()
-
-
-_CHILD = """
-import os, signal, sys
-from olmoe_jax.analysis import layerwise, scratch
-from tests.analysis import recording_test
-scratch.MARK_SECONDS, real, count = 0.0, layerwise.apply_layer, [0]
-def apply_layer(*args, **options):
-    if count[0] == 10:
-        os.kill(os.getpid(), signal.SIGKILL)
-    count[0] += 1
-    return real(*args, **options)
-layerwise.apply_layer = apply_layer
-recording_test._record(sys.argv[1], recording_test._texts(), sys.argv[2], streamed=True)
-"""
-
-
-@pytest.mark.slow
-def test_a_process_that_was_killed_lost_nothing(model, tmp_path, monkeypatch):
-    command = [sys.executable, "-c", _CHILD, str(model), str(tmp_path / "out")]
-    assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == -signal.SIGKILL
-    count = _kill_after(monkeypatch, -1)
-    found = _record(model, _texts(), tmp_path / "out", streamed=True)
-    assert count[0] == 18 - 10
-    expected = _record(model, _texts(), tmp_path / "whole", streamed=True)
-    for a, b in zip(expected, found, strict=True):
-        assert a.info == b.info
-        _same(models.whole(a.trace), models.whole(b.trace))
-
-
-@pytest.mark.parametrize("chunk", [1, 1000])
-@pytest.mark.parametrize("calls", [0, 2, 4, 5])
-def test_the_last_pass_goes_on_where_it_was_killed(model, tmp_path, monkeypatch, calls, chunk):
-    monkeypatch.setattr(trace_files, "CHUNK_TOKENS", chunk)
-    expected = _record(model, _texts(), tmp_path / "whole", streamed=True)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        _kill_after(patch, calls, "apply_head")
-        _record(model, _texts(), tmp_path / "out", streamed=True)
-    with monkeypatch.context() as patch:
-        layers, heads = _kill_after(patch, -1), _kill_after(patch, -1, "apply_head")
-        found = _record(model, _texts(), tmp_path / "out", streamed=True)
-    assert layers[0] == 0
-    assert heads[0] == 6 - calls if chunk == 1 else heads[0] in (6, 3, 2)
-    for a, b in zip(expected, found, strict=True):
-        _same(models.whole(a.trace), models.whole(b.trace))
-        assert a.info == b.info
-
-
-@pytest.mark.parametrize("calls", [3, 8, 15])
-def test_resident_goes_on_where_it_was_killed(model, tmp_path, monkeypatch, calls):
-    monkeypatch.setattr(trace_files, "CHUNK_TOKENS", 1)
-    expected = _record(model, _texts(), tmp_path / "whole", streamed=False)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        _kill_after(patch, calls)
-        _record(model, _texts(), tmp_path / "out", streamed=False)
-    with monkeypatch.context() as patch:
-        count = _kill_after(patch, -1)
-        found = _record(model, _texts(), tmp_path / "out", streamed=False)
-    assert count[0] == 18 - calls // 3 * 3
-    for a, b in zip(expected, found, strict=True):
-        assert a.info == b.info
-        _same(models.whole(a.trace), models.whole(b.trace))
-
-
-def _change_a_weight(folder):
-    file = next(folder.glob("*.safetensors"))
-    data = bytearray(file.read_bytes())
-    data[-4:] = np.float32(7).tobytes()
-    file.write_bytes(data)
-
-
-def test_what_other_weights_left_is_not_taken_up(model, tmp_path, monkeypatch):
-    model = shutil.copytree(model, tmp_path / "tiny")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        _kill_after(patch, 13)
-        _record(model, _texts(), tmp_path / "out", streamed=True)
-    _change_a_weight(model)
-    with pytest.raises(ValueError, match="left by another job: it had job="):
-        _record(model, _texts(), tmp_path / "out", streamed=True)
-    shutil.rmtree(tmp_path / "out")
-    count = _kill_after(monkeypatch, -1)
-    found = _record(model, _texts(), tmp_path / "out", streamed=True)
-    assert count[0] == 18
-    expected = _record(model, _texts(), tmp_path / "fresh", streamed=True)
-    for a, b in zip(expected, found, strict=True):
-        _same(models.whole(a.trace), models.whole(b.trace))
-
-
-def test_a_group_that_is_done_is_not_computed_again(model, tmp_path, monkeypatch):
-    options = {"streamed": True, "carried_tokens": 1}  # a batch per group
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        _kill_after(patch, 7)
-        _record(model, _texts(), tmp_path / "out", **options)
-    count = _kill_after(monkeypatch, -1)
-    found = _record(model, _texts(), tmp_path / "out", **options)
-    assert count[0] == 18 - 7  # two whole groups, and a layer of the third
-    for text, one in zip(_texts(), found, strict=True):
-        np.testing.assert_array_equal(models.whole(one.trace).input_ids, text.tokens)
-
-
 def test_only_products_are_rounded_to_the_compute_dtype(model):
     c = dataclasses.replace(foreign.MODEL, dtype="bfloat16")
     _, exact = olmoe_jax.load(model)
@@ -417,25 +265,10 @@ def test_padding_of_the_vocabulary_is_never_predicted_but_counts():
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
 
-def test_a_finished_trace_is_not_recorded_again(model, tmp_path, monkeypatch):
-    _record(model, _texts()[:2], tmp_path / "out", streamed=True)
-    with monkeypatch.context() as patch:
-        count = _kill_after(patch, -1)
-        found = _record(model, _texts(), tmp_path / "out", streamed=True, accumulate=models.Blocks)
-    assert count[0] == 2 * 3  # the third text only
-    assert [one.tokens for one in found] == [0, 0, 33]
-    for text, one in zip(_texts(), found, strict=True):
-        np.testing.assert_array_equal(trace.join(one.accumulated).input_ids, text.tokens)
-    with pytest.raises(ValueError, match="holds another trace, with data=.*delete it"):
-        _record(model, [models.text("a", 50, seed=9)], tmp_path / "out")
-    with pytest.raises(ValueError, match="holds another trace, with precision='float32' instead"):
-        _record(model, _texts(), tmp_path / "out", precision="bfloat16")
-
-
 def test_a_second_layer_compiles_nothing(model, compilations):
-    _record(model, _texts(), accumulate=models.Blocks, streamed=True)
+    models.record(model, models.three_texts(), accumulate=models.Blocks, streamed=True)
     before = compilations()
-    _record(model, _texts(), accumulate=models.Blocks, streamed=True)
+    models.record(model, models.three_texts(), accumulate=models.Blocks, streamed=True)
     assert compilations() == before
 
 
@@ -444,7 +277,7 @@ def _tokenizer(vocab_size):
 
 
 def _refused(model, text=None, **options):
-    _record(model, [text or models.text("a", 9)], **({"accumulate": models.Blocks} | options))
+    models.record(model, [text or models.text("a", 9)], **({"accumulate": models.Blocks} | options))
 
 
 def test_settings_and_texts_that_do_not_fit_are_refused(model, tmp_path):
@@ -460,11 +293,11 @@ def test_settings_and_texts_that_do_not_fit_are_refused(model, tmp_path):
         with pytest.raises(ValueError, match=message):
             _refused(model, **options)
     with pytest.raises(ValueError, match="no text"):
-        _record(model, [], accumulate=models.Blocks)
+        models.record(model, [], accumulate=models.Blocks)
     with pytest.raises(ValueError, match="two texts are of the domain 'a'"):
-        _record(model, [models.text("a", 5), models.text("a", 6)], accumulate=models.Blocks)
+        models.record(model, [models.text("a", 5), models.text("a", 6)], accumulate=models.Blocks)
     with pytest.raises(ValueError, match=r"context lengths \[7, 11\]"):
-        _record(
+        models.record(
             model, [models.text("a", 5), models.text("b", 6, length=7)], accumulate=models.Blocks
         )
     text = models.text("a", 9)
@@ -516,7 +349,7 @@ def test_what_does_not_fit_in_memory_is_streamed(model, monkeypatch):
     for free, streamed in ((10**12, False), (1000, True)):
         monkeypatch.setattr(recording.machine, "free_memory", lambda free=free: free)
         said.clear()
-        _record(
+        models.record(
             model,
             [models.text("a", 40, documents=1)],
             accumulate=models.Blocks,

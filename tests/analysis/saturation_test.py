@@ -71,14 +71,23 @@ def test_a_training_from_random_to_final():
     assert start.topk_mean.low < 0.25 < start.topk_mean.high
     written = results.plain(saturation.to_json(result))
     assert written["checkpoints"][2]["against_final"]["4"]["top1"]["value"] > 0.7
-    assert "no better than chance" in words.settled(result)[0]
+
+
+def test_the_untrained_router_is_a_baseline_and_no_finding():
+    said = words.settled(saturation.over_training([[one] for one in training()]))
+    assert said[0].startswith("At step5000 (33 % of training)")
+    assert "Untrained, at step0, it was 2" in said[1] and said[2].startswith("At step10000")
+    only = saturation.over_training([[one] for one in training((0.0, 1.0))])
+    assert "Only step5000 was trained" in words.settled(only)[0]
+    random = saturation.over_training([[one] for one in training((0.0, 0.0, 1.0))])
+    assert "no better than chance" in words.settled(random)[0]
 
 
 def test_words_of_a_settled_router():
-    result = saturation.over_training([[one] for one in training((0.5, 0.9, 1.0))])
+    result = saturation.over_training([[one] for one in training((0.5, 0.6, 0.9, 1.0))])
     said = " ".join(words.settled(result))
     assert (
-        "At step0 (0 % of training)" in said
+        "At step5000 (33 % of training)" in said
         and "chance: 25.0 %" in said
         and "settled first" in said
     )

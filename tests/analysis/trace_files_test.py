@@ -65,6 +65,7 @@ def test_a_chunk_is_what_the_format_says(tmp_path):
         }  # fmt: skip
     content = json.loads((path / "trace.json").read_text())
     assert (content.pop("format"), content.pop("chunks")) == (1, [6])
+    assert content.pop("job") is None
     assert content == json.loads(json.dumps(dataclasses.asdict(source.info)))
     assert trace_files.open_trace(path).info == source.info
 

@@ -46,6 +46,7 @@ def test_one_command_records_analyses_and_reports(suite, tmp_path):
         f"--model={folder}/olmoe", f"--data={folder}/*.txt", f"--tokenizer={tokenizer}",
         f"--output={tmp_path}/out", "--context_length=11", f"--json={tmp_path}/summary.json",
         "--prompt=the word", "--prompt=def return",
+        "--interventions=1", "--intervention_tokens=60", "--export=npz",
     )  # fmt: skip
     code, out, err = run(*arguments)
     assert code == 0, err
@@ -69,7 +70,18 @@ def test_one_command_records_analyses_and_reports(suite, tmp_path):
     pictures = {path.name for path in (output / "figures").iterdir()}
     assert {f"olmoe_router_saturation_over_layers.{e}" for e in ("png", "svg", "csv")} <= pictures
     shutil.rmtree(output / "figures")
-    code, again, err = run(*arguments, "--output_format=none")
+    assert "interventions: " in out and "runs of 120 tokens" in out
+    effects = json.loads((output / "interventions.json").read_text())
+    assert effects["weights_renormalised"] is False and effects["domains"]["code"]["tokens"] < 60
+    siblings = json.loads((output / "expert_siblings.json").read_text())["checkpoints"]
+    assert [one["name"] for one in siblings] == ["step1-tokens1K", "step2-tokens2K"]
+    exported = f"{output}/export/olmoe/*/*.npz"
+    code, again, err = run(f"--traces={exported}", f"--output={tmp_path}/two", "--nodebug")
+    assert code == 0, err
+    for name in ("router_saturation", "coactivation"):  # the same numbers from these files
+        one, two = ((tmp_path / d / f"{name}.json").read_text() for d in ("out", "two"))
+        assert json.loads(one) == json.loads(two)
+    code, again, err = run(*arguments, "--output_format=none", "--interventions=0")
     assert code == 0, err
     assert not (output / "figures").exists()
     assert json.loads((tmp_path / "summary.json").read_text())["models"]["olmoe"]["sentences"]
@@ -79,6 +91,9 @@ def test_one_command_records_analyses_and_reports(suite, tmp_path):
     "arguments, message",
     [
         ((), "give --model with --data, or --routing_dump"),
+        (("--traces=/nowhere/*.npy",), "/nowhere/*.npy: no file matches"),
+        (("--traces=x", "--interventions=1"), "they need --model"),
+        (("--routing_dump=x", "--export=csv"), "--export needs traces"),
         (("--routing_dump=x", "--data=x"), "--data says which text"),
         (("--routing_dump=x", "--prompt=x"), "--prompt needs a --model"),
         (("--model=/nowhere", "--data=x"), "/nowhere"),

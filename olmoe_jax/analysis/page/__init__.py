@@ -7,6 +7,7 @@ single texts. The page is kept below LIMIT: what does not fit is left out, and t
 import pathlib
 
 from olmoe_jax import reporting
+from olmoe_jax.analysis import interventions
 from olmoe_jax.analysis.page import experts, passages, tokens, training
 from olmoe_jax.reporting import figures
 
@@ -69,6 +70,8 @@ def _without_search(models, between, decode, prompts, detail):
         blocks += passages.blocks(name, routed)
     for name, found in models.items():
         blocks += experts.blocks(name, found, detail)
+        if found.effects is not None:
+            blocks += interventions.blocks(name, found.effects)
         blocks += training.blocks(name, found)
         if found.vocabulary:
             blocks += tokens.blocks(name, found, detail, decode=decode)
