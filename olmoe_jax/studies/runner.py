@@ -225,6 +225,10 @@ def make_runs(plan, *, arm=None, seed=None, devices=None, announce=print) -> int
     for number, (name, number_seed) in enumerate(wanted, start=1):
         announce(f"\n{plan.study.name}: {name}, seed {number_seed} ({number} of {len(wanted)})")
         path, config = plan.path(name, number_seed), plan.config(name, number_seed)
+        source = _unfinished_source(plan, name, number_seed)
+        if source is not None and (plan.study.arm(name).starts_from, number_seed) in wanted:
+            announce(f"{path}: starts from {source}, which another process is at")
+            continue  # it was passed over above
         with claim(path) as mine:
             if not mine:
                 announce(f"{path}: another process is at it")
@@ -334,17 +338,25 @@ def claim(path):
             yield True
 
 
+def _unfinished_source(plan, name, seed):
+    """Workdir of the run that an arm starts from, while that is not finished; else None."""
+    before = plan.study.arm(name).starts_from
+    if before is None:
+        return None
+    source = plan.path(before, seed)
+    finished = runs.finished_record(source, plan.config(before, seed)) is not None
+    return None if finished else source
+
+
 def _prepare_start(plan, name, seed, config):
     """Makes the model directory that an arm starts from, if it starts from another arm."""
     arm = plan.study.arm(name)
-    source = None
-    if arm.starts_from is not None:
-        source = plan.path(arm.starts_from, seed)
-        if runs.finished_record(source, plan.config(arm.starts_from, seed)) is None:
-            raise ValueError(
-                f"arm {name} starts from {source}, which is not finished: "
-                f"run --arm={arm.starts_from} --seed={seed} first"
-            )
+    if (unfinished := _unfinished_source(plan, name, seed)) is not None:
+        raise ValueError(
+            f"arm {name} starts from {unfinished}, which is not finished: "
+            f"run --arm={arm.starts_from} --seed={seed} first"
+        )
+    source = None if arm.starts_from is None else plan.path(arm.starts_from, seed)
     make_start(arm, source, plan.path(name, seed), config)
 
 

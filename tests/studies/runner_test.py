@@ -192,6 +192,21 @@ def _continuing(tiny_base, convert=None):
     return synthetic.study(base={"smoke": tiny_base}, arms=arms, seeds=(1,))
 
 
+def test_an_arm_whose_start_another_process_makes_is_left_for_later(
+    tiny_base, tmp_path, monkeypatch
+):
+    made, said = [], []
+    monkeypatch.setattr(
+        loop, "train",
+        lambda config, path, **o: made.append(path) or loop.Result(step=0, finished=False),
+    )  # fmt: skip
+    plan = _plan(_continuing(tiny_base), tmp_path)
+    with runner.claim(plan.path("start", 1)):
+        runner.make_runs(plan, announce=said.append)
+    assert made == [plan.path("old", 1)]
+    assert any("which another process is at" in line for line in said)
+
+
 def test_an_arm_waits_for_the_one_it_starts_from(tiny_base, tmp_path):
     plan = _plan(_continuing(tiny_base), tmp_path)
     with pytest.raises(ValueError, match="start/seed_1, which is not finished: run --arm=start"):
