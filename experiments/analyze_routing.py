@@ -46,7 +46,10 @@ _EXPORT = flags.DEFINE_enum(
     "export", None, ("npz", "csv", "jsonl"), "Also write the traces in this form: OUTPUT/export."
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Directory for traces and results.", required=True)
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json; default: the model's.")
+_TOKENIZER = flags.DEFINE_list(
+    "tokenizer", None, "tokenizer.json; default: the model's. Of models with different ones: "
+    "MODEL=tokenizer.json,MODEL=…"
+)  # fmt: skip
 _SPLIT = flags.DEFINE_string("split", "validation", "Of prepared data: validation or train.")
 _CONTEXT = flags.DEFINE_integer("context_length", None, "Tokens run together; default 2,048, or "
                                 "what the model has been trained on.")  # fmt: skip
@@ -108,18 +111,18 @@ def main(argv):
     output = pathlib.Path(os.path.expanduser(_OUTPUT.value))
     prompts, recorded = _route_prompts(), {}
     if _DUMP.value is not None:
-        models, tokenizer = _read_dumps(), _named_tokenizer()
+        models = _read_dumps()
     elif _TRACES.value is not None:
-        models, tokenizer = _read_traces(), _named_tokenizer()
+        models = _read_traces()
     else:
-        models, tokenizer, recorded = _record(output)
+        models, recorded = _record(output)
     if _EXPORT.value:
         gathered.export(models, output / "export", _EXPORT.value)
-    decode = None if tokenizer is None else lambda token: tokenizer.decode([token])
+    _check_tokenizers(models)
     found = {}
     for name, recordings in models.items():
         found[name] = analyses.find(
-            recordings, total_steps=_TOTAL_STEPS.value, decode=decode,
+            recordings, total_steps=_TOTAL_STEPS.value, decode=_decoder(name, recorded),
             definition=_COACTIVATION.value,
             settled=recorded[name].settled if name in recorded else None,
         )  # fmt: skip
@@ -127,7 +130,7 @@ def main(argv):
             found[name] = _intervene(found[name], recorded[name])
     last = {name: recordings[-1].traces for name, recordings in models.items()}
     weights = {name: one.checkpoints[-1].path for name, one in recorded.items()}
-    between = analyses.write_all(found, output, traces=last, weights=weights, decode=decode)
+    between = analyses.write_all(found, output, traces=last, weights=weights)
     for name, one in recorded.items():
         folder = output / name if len(models) > 1 else output
         said = analyses.write_siblings(one.checkpoints, folder)
@@ -148,7 +151,7 @@ def main(argv):
         print("\n".join(f"  note: {line}" for line in one.notes))
     print("\n".join(f"  {line}" for line in between))
     if _FORMAT.value == "html":
-        page.write(output, found, between, decode=decode, prompts=prompts)
+        page.write(output, found, between, prompts=prompts)
         print(f"page: {output / page.PATH}")
     print(f"numbers: {output}")
     if not _KEEP.value:
@@ -173,18 +176,54 @@ def _read_traces():
     )
 
 
-def _named_tokenizer():
+def _decoder(name, recorded):
+    """Token id → text of the model `name`, or None."""
+    tokenizer = recorded[name].tokenizer if name in recorded else _named_tokenizer(name)
+    return None if tokenizer is None else lambda token: tokenizer.decode([token])
+
+
+def _named_tokenizer(name):
+    """What --tokenizer says of the model `name`, or None."""
     from olmoe_jax.data import tokenizer as tokenizer_lib
 
-    return None if _TOKENIZER.value is None else tokenizer_lib.load(_TOKENIZER.value)
+    by_name, common = _tokenizer_files()
+    path = by_name.get(name, common)
+    return None if path is None else tokenizer_lib.load(path)
+
+
+def _tokenizer_files():
+    """--tokenizer: ({model: file}, file of all other models or None)."""
+    by_name, common = {}, None
+    for entry in _TOKENIZER.value or ():
+        name, is_named, path = entry.partition("=")
+        if is_named and "/" not in name:
+            by_name[name] = path
+        else:
+            common = entry
+    return by_name, common
+
+
+def _check_tokenizers(models):
+    """Refuses --tokenizer=MODEL=FILE of a model that there is not."""
+    by_name, common = _tokenizer_files()
+    for name in by_name:
+        if name not in models:
+            raise ValueError(f"--tokenizer={name}=…: no such model; there are {', '.join(models)}")
+    if common is not None and len(models) > 1 + len(by_name):
+        _announce(
+            f"note: tokens of more than one model are read with {common}; "
+            "--tokenizer=MODEL=FILE,… gives each its own"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Recorded:
-    """Of one model: its suites.Checkpoints, the texts, saturation.Saturation or None."""
+    """Of one model: its suites.Checkpoints, the texts, Tokenizer and saturation.Saturation or
+    None."""
 
     checkpoints: list
     texts: list
+    tokenizer: object
     settled: object
 
 
@@ -195,7 +234,7 @@ def _route_prompts():
     found = {}
     for directory in _MODEL.value if _PROMPT.value else ():
         last = suites.checkpoints_of(directory)[-1]
-        tokenizer = _tokenizer(last.path)
+        tokenizer = _tokenizer(last)
         if tokenizer is None:
             raise ValueError(_NO_TOKENIZER.format(last.path))
         found[last.model] = prompt.route(last, _PROMPT.value, tokenizer, precision=_PRECISION.value)
@@ -203,7 +242,7 @@ def _route_prompts():
 
 
 def _record(output):
-    """({model: Recordings}, Tokenizer or None, {model: _Recorded})."""
+    """({model: Recordings}, {model: _Recorded})."""
     from olmoe_jax.analysis import intervening, sessions, suites
 
     found = {}
@@ -212,18 +251,18 @@ def _record(output):
         if every[0].model in found:
             raise ValueError(f"--model: two of the name {every[0].model}: rename one directory")
         found[every[0].model] = every
-    models, first, recorded = {}, None, {}
+    _check_tokenizers(found)
+    models, recorded = {}, {}
     for name, every in found.items():
-        tokenizer, texts = _texts(every[-1].path)
-        first = first or tokenizer
+        tokenizer, texts = _texts(every[-1])
         if _INTERVENTIONS.value:
             intervening.open_job(every[-1], texts, precision=_PRECISION.value)  # or refuses
         models[name], settled = sessions.record(
             every, texts, output / (TRACES if _KEEP.value else UNKEPT) / name, keep=_KEEP.value,
             total_steps=_TOTAL_STEPS.value, precision=_PRECISION.value, announce=_announce,
         )  # fmt: skip
-        recorded[name] = _Recorded(every, texts, settled)
-    return models, first, recorded
+        recorded[name] = _Recorded(every, texts, tokenizer, settled)
+    return models, recorded
 
 
 def _announce(line):
@@ -241,34 +280,31 @@ def _intervene(found, recorded):
     return analyses.with_interventions(found, effects)
 
 
-def _texts(model):
-    """(Tokenizer or None, Texts) for one model."""
+def _texts(checkpoint):
+    """(Tokenizer or None, Texts) for one suites.Checkpoint."""
     from olmoe_jax.analysis import texts
     from olmoe_jax.porting import sources
 
-    longest = sources.open_source(model).config.model.max_length
+    longest = sources.open_source(checkpoint.path).config.model.max_length
     limits = {
         "context_length": _CONTEXT.value or min(texts.CONTEXT_LENGTH, longest),
         "max_tokens": _MAX_TOKENS.value or None,
     }
-    tokenizer = _tokenizer(model)
+    tokenizer = _tokenizer(checkpoint)
     data = _DATA.value or [_data_of_run()]
     if len(data) == 1 and os.path.isdir(os.path.expanduser(data[0])):
         found = texts.from_prepared(data[0], split=_SPLIT.value, **limits)
         return tokenizer or found[0].tokenizer, found
     if tokenizer is None:
-        raise ValueError(_NO_TOKENIZER.format(model))
+        raise ValueError(_NO_TOKENIZER.format(checkpoint.path))
     return tokenizer, texts.from_files(data, tokenizer, **limits)
 
 
-def _tokenizer(model):
+def _tokenizer(checkpoint):
     """That of --tokenizer, else the model's own, or None."""
     from olmoe_jax import generation
-    from olmoe_jax.data import tokenizer as tokenizer_lib
 
-    if _TOKENIZER.value is not None:
-        return tokenizer_lib.load(_TOKENIZER.value)
-    return generation.find_tokenizer(model)
+    return _named_tokenizer(checkpoint.model) or generation.find_tokenizer(checkpoint.path)
 
 
 def _data_of_run():

@@ -7,7 +7,7 @@ its name, and `model_comparison.json` and `expert_matching.json` between neighbo
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from olmoe_jax.analysis import (
     coactivation,
@@ -48,6 +48,7 @@ class Found:
       saturation: saturation.Saturation; None of a single checkpoint or without traces.
       pooled: Counts over all domains.
       sentences: what it comes to, in words; notes: what was left out, and why.
+      decode: token id → text, or None.
       effects: interventions.Effects; None where none were made.
     """
 
@@ -61,6 +62,7 @@ class Found:
     pooled: counts.Counts
     sentences: tuple[str, ...]
     notes: tuple[str, ...]
+    decode: Callable[[int], str] | None = None
     effects: interventions.Effects | None = None
 
 
@@ -113,7 +115,7 @@ def find(recordings, *, total_steps=None, decode=None, definition="paper", settl
         domains=by_domain, load=together, coactivation=pairs, vocabulary=tokens, known=known,
         health=tuple(load.over_training(every, total_steps=total_steps)),
         saturation=settled, pooled=pooled, sentences=tuple(sentences),
-        notes=(*by_domain.notes, *notes),
+        notes=(*by_domain.notes, *notes), decode=decode,
     )  # fmt: skip
 
 
@@ -123,7 +125,7 @@ def with_interventions(found, effects) -> Found:
     return dataclasses.replace(found, effects=effects, sentences=sentences)
 
 
-def write(found, output, *, decode=None):
+def write(found, output):
     """Writes a model's JSON files into the directory `output`."""
     output = pathlib.Path(output)
     files = {
@@ -143,12 +145,12 @@ def write(found, output, *, decode=None):
         )
     if found.vocabulary:
         files["vocabulary_specialisation"] = vocabulary.to_json(found.known, found.vocabulary)
-        files["expert_tokens"] = vocabulary.tokens_to_json(found.known, decode=decode)
+        files["expert_tokens"] = vocabulary.tokens_to_json(found.known, decode=found.decode)
     for name, content in files.items():
         results.write(output / f"{name}.json", content)
 
 
-def write_all(models, output, *, traces=None, weights=None, decode=None):
+def write_all(models, output, *, traces=None, weights=None):
     """Writes every model's files, and with several models what lies between them.
 
     Args:
@@ -162,7 +164,7 @@ def write_all(models, output, *, traces=None, weights=None, decode=None):
     """
     output, sentences = pathlib.Path(output), []
     for name, found in models.items():
-        write(found, output / name if len(models) > 1 else output, decode=decode)
+        write(found, output / name if len(models) > 1 else output)
     if len(models) < 2:
         return ()
     curves = {

@@ -22,7 +22,7 @@ def _block(blocks, words):
 
 
 def test_sentences_come_first_and_then_what_can_be_chosen(found):
-    blocks = page.build({"m": found}, ("they are alike",), decode=decode)
+    blocks = page.build({"m": found}, ("they are alike",))
     assert blocks[0].paragraphs == found.sentences and blocks[1].paragraphs == ("they are alike",)
     assert isinstance(blocks[2], reporting.Explorer)
     assert blocks[2].choices == {
@@ -31,7 +31,7 @@ def test_sentences_come_first_and_then_what_can_be_chosen(found):
 
 
 def test_the_tokens_of_an_expert_are_those_that_go_there(found):
-    blocks = page.build({"m": found}, decode=decode)
+    blocks = page.build({"m": found})
     (rows, *_) = _block(blocks, "tokens of each expert").cube.at(
         {"token": "the token itself", "rank": "top-1", "layer": "4", "expert": "3"}, []
     )
@@ -51,23 +51,23 @@ def test_the_tokens_of_an_expert_are_those_that_go_there(found):
 
 
 def test_a_page_that_is_too_large_leaves_out_and_says_so(found):
-    whole = page.build({"m": found}, decode=decode)
+    whole = page.build({"m": found})
     held = _block(whole, "search")
     assert len(held.names) == 29 and "All 29 tokens" in held.note
     without = reporting.num_bytes([block for block in whole if block is not held])
-    less = page.build({"m": found}, decode=decode, limit=without + 1000)
+    less = page.build({"m": found}, limit=without + 1000)
     search = _block(less, "search")
     assert 0 < len(search.names) < 29
     assert f"The {len(search.names)} most frequent" in search.note
     assert f"{29 - len(search.names)} rarer" in search.note
     assert reporting.num_bytes(less) < without + 3000
-    smaller = page.build({"m": found}, decode=decode, limit=without - 500)
+    smaller = page.build({"m": found}, limit=without - 500)
     assert _block(smaller, "tokens of each expert").choices["token"] == ("the token itself",)
     assert "tokens of each expert, of all but one kind" in _block(smaller, "Notes").paragraphs[-1]
 
 
 def test_a_search_holds_the_favourite_experts(found):
-    block = tokens.search("m", found, 10**6, decode=decode)
+    block = tokens.search("m", found, 10**6)
     traces = synthetic.recordings()[-1].traces.values()
     words = np.concatenate([t.tokens.predicted_ids for t in traces])
     ids = np.concatenate([t.tokens.expert_ids[:, 0] for t in traces])
@@ -103,7 +103,7 @@ def test_training_is_measured_in_what_is_known():
 
 
 def test_pictures_are_written_beside_the_page(found, tmp_path):
-    page.write(tmp_path, {"m": found}, decode=decode)
+    page.write(tmp_path, {"m": found})
     assert (tmp_path / "report.html").stat().st_size < 10e6
     written = {path.name for path in (tmp_path / "figures").iterdir()}
     assert {

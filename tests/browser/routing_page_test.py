@@ -38,7 +38,7 @@ def routed(recordings):
 def driver(recordings, routed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     found = {"model": analyses.find(recordings, decode=decode)}
-    blocks = page.build(found, decode=decode, prompts={"model": (routed,)})
+    blocks = page.build(found, prompts={"model": (routed,)})
     reporting.write(folder / "report.html", reporting.page("Inside", "model", blocks))
     with chromium.start(tmp_path_factory.mktemp("profile")) as driver:
         chromium.show(driver)

@@ -93,6 +93,7 @@ def test_one_command_records_analyses_and_reports(suite, tmp_path):
         ((), "give --model with --data, or --routing_dump"),
         (("--traces=/nowhere/*.npy",), "/nowhere/*.npy: no file matches"),
         (("--traces=x", "--interventions=1"), "they need --model"),
+        (("--model=HERE", "--tokenizer=gpt=t.json"), "--tokenizer=gpt=…: no such model; there are"),
         (("--routing_dump=x", "--export=csv"), "--export needs traces"),
         (("--routing_dump=x", "--data=x"), "--data says which text"),
         (("--routing_dump=x", "--prompt=x"), "--prompt needs a --model"),

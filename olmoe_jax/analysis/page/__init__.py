@@ -16,38 +16,37 @@ FIGURES = "figures"
 LIMIT = 9_500_000  # bytes of the page; 4.8 MB are the library that draws it
 
 
-def write(output, models, between=(), *, decode=None, prompts=None):
+def write(output, models, between=(), *, prompts=None):
     """Writes OUTPUT/report.html and the pictures and tables OUTPUT/figures/NAME.png, .svg, .csv.
 
     Args:
       output: directory.
-      models, between, decode, prompts: as of `build`.
+      models, between, prompts: as of `build`.
     """
     output = pathlib.Path(output)
-    blocks = build(models, between, decode=decode, prompts=prompts)
+    blocks = build(models, between, prompts=prompts)
     text = reporting.page("Inside the router", ", ".join(models), blocks)
     reporting.write(output / PATH, text)
     figures.write(blocks, output / FIGURES)
 
 
-def build(models, between=(), *, decode=None, prompts=None, limit=LIMIT) -> list:
+def build(models, between=(), *, prompts=None, limit=LIMIT) -> list:
     """The blocks of the page.
 
     Args:
       models: name → analyses.Found.
       between: sentences about pairs of models.
-      decode: token id → text, or None.
       prompts: name → `prompt.Routed`s of that model.
       limit: bytes of the page.
     """
     for detail in tokens.DETAILS:
-        blocks = _without_search(models, between, decode, prompts or {}, detail)
+        blocks = _without_search(models, between, prompts or {}, detail)
         room = limit - reporting.num_bytes(blocks)
         if room > 0:
             break
     searched = [name for name, found in models.items() if found.vocabulary]
     for name in searched:
-        found = tokens.search(name, models[name], max(0, room) // len(searched), decode=decode)
+        found = tokens.search(name, models[name], max(0, room) // len(searched))
         if found is not None:
             blocks.insert(_behind_tokens(blocks, name), found)
     return blocks
@@ -59,7 +58,7 @@ def _behind_tokens(blocks, name):
     return 1 + next(i for i, block in enumerate(blocks) if block.title == title)
 
 
-def _without_search(models, between, decode, prompts, detail):
+def _without_search(models, between, prompts, detail):
     blocks = [
         reporting.Prose(title=name, paragraphs=found.sentences, emphasis=True)
         for name, found in models.items()
@@ -74,7 +73,7 @@ def _without_search(models, between, decode, prompts, detail):
             blocks += interventions.blocks(name, found.effects)
         blocks += training.blocks(name, found)
         if found.vocabulary:
-            blocks += tokens.blocks(name, found, detail, decode=decode)
+            blocks += tokens.blocks(name, found, detail)
     notes = [f"{name}: {note}" for name, found in models.items() for note in found.notes]
     if detail.left_out:
         notes.append(f"Left out of the page for its size: {detail.left_out}.")

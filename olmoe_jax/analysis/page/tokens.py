@@ -46,9 +46,9 @@ def title(name) -> str:
     return f"{name}: tokens of each expert"
 
 
-def blocks(name, found, detail, *, decode=None) -> list:
+def blocks(name, found, detail) -> list:
     """Explorers of analyses.Found, which knows tokens."""
-    return [_means(name, found), _each_expert(name, found, detail, decode)]
+    return [_means(name, found), _each_expert(name, found, detail)]
 
 
 def _rank_label(rank, info):
@@ -94,7 +94,7 @@ def _means(name, found):
     )  # fmt: skip
 
 
-def _each_expert(name, found, detail, decode):
+def _each_expert(name, found, detail):
     kinds, ranks, info = _kinds(found), _ranks(found), found.known.info
     start = {"rank": "top-1"} if "top-1" in ranks else {}
     if not detail.all_words:
@@ -107,7 +107,7 @@ def _each_expert(name, found, detail, decode):
         for j, rank in enumerate(ranks.values()):
             for row in range(len(layers)) if (kind, rank) in found.vocabulary else ():
                 own = vocabulary.expert_tokens(
-                    found.known, kind, rank, row, most=detail.words, decode=decode
+                    found.known, kind, rank, row, most=detail.words, decode=found.decode
                 )
                 for expert, words in own.items():
                     values[i, j, row, expert] = tuple(_row(word) for word in words)
@@ -139,7 +139,7 @@ def _clearest_layer(found):
     return str(found.known.info.layers[int(found.vocabulary[one].mean.value.argmax())])
 
 
-def search(name, found, num_bytes, *, decode=None) -> reporting.Search | None:
+def search(name, found, num_bytes) -> reporting.Search | None:
     """A search over the most frequent tokens, as many as `num_bytes` of a page hold; None: none."""
     known, kinds, ranks = found.known, _kinds(found), _ranks(found)
     info, shown = known.info, min(SHOWN, found.known.info.num_experts)
@@ -163,7 +163,7 @@ def search(name, found, num_bytes, *, decode=None) -> reporting.Search | None:
     left = total - count
     return reporting.Search(
         title=f"{name}: search for a token", label="token",
-        names=tuple(decode(int(t)) if decode else f"number {t}" for t in tokens),
+        names=tuple(found.decode(int(t)) if found.decode else f"number {t}" for t in tokens),
         axes={
             "token is": tuple(kinds), "rank": tuple(ranks), "layer": tuple(map(str, info.layers))
         },
