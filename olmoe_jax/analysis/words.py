@@ -167,7 +167,7 @@ def worded(counts, found, *, min_count=vocabulary.MIN_COUNT, decode=None) -> tup
             )
         star = vocabulary.clearest(counts, kind, rank, min_count=min_count, decode=decode)
         if star is not None and star.chance <= resampling.SURE:
-            token = f"“{star.word.text}”" if star.word.text else f"number {star.word.id}"
+            token = _token(star.word)
             out.append(
                 f"The clearest such expert is {star.expert} of layer {layers[star.layer]}: it "
                 f"takes {_percent(star.word.share)} of the {name} token {token} "
@@ -296,3 +296,10 @@ def _percent(share):
     """97.7 %, 0.41 %, 100 %."""
     value = 100 * float(share)
     return f"{value:.1f} %" if value >= 1 else f"{value:.2g} %"
+
+
+def _token(word):
+    """A vocabulary.Word in a sentence: white space as Python writes it."""
+    if not word.text:
+        return f"number {word.id}"
+    return f"“{word.text}”" if word.text.isprintable() else repr(word.text)
