@@ -54,19 +54,21 @@ def measure(workdir, config, data, *, devices=None):
         params = checkpoints.read_params(newest, config.model, shardings, dtype="float32")
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         step = jax.jit(
-            functools.partial(step_lib.target_losses, model=model), out_shardings=everywhere
+            functools.partial(step_lib.target_losses, model=model, config=config),
+            out_shardings=everywhere,
         )
+        names = step_lib.training_fields(config)
 
         def losses(batch):
             placed = sharding.place_batch(
-                batch, sharding.batch_sharding(mesh), names=step_lib.TRAINING_FIELDS,
+                batch, sharding.batch_sharding(mesh), names=names,
                 batch_size=batch_size,
             )  # fmt: skip
             return jax.device_get(step(params, placed))
 
         differences = []
         for batch, following in zip(batches, _following(batches), strict=True):
-            own, other = losses(batch), losses(with_other_future(batch, following))
+            own, other = losses(batch), losses(with_other_future(batch, following, names))
             half = batch["tokens"].shape[1] // 2
             scored = batch["loss_mask"][:, 1:half]  # the targets of positions 0 … half − 2
             differences.append((other - own)[:, : half - 1][scored])
@@ -86,12 +88,12 @@ def _following(batches):
     return [*batches[1:], batches[0]]
 
 
-def with_other_future(batch, other) -> dict:
-    """A batch whose second halves are those of another batch of the same shape."""
+def with_other_future(batch, other, names) -> dict:
+    """The fields `names` of a batch, second halves from another batch of the same shape."""
     half = batch["tokens"].shape[1] // 2
     return {
         name: np.concatenate([batch[name][:, :half], other[name][:, half:]], axis=1)
-        for name in step_lib.TRAINING_FIELDS
+        for name in names
     }
 
 

@@ -16,9 +16,9 @@ def _quiet(line):
 
 
 def test_second_halves_come_from_the_other_batch():
-    batch, other = ({name: np.full((2, 5), value) for name in causality.step_lib.TRAINING_FIELDS}
-                    for value in (1, 2))  # fmt: skip
-    found = causality.with_other_future(batch, other)
+    names = ("tokens", "loss_mask")
+    batch, other = ({name: np.full((2, 5), value) for name in names} for value in (1, 2))
+    found = causality.with_other_future(batch | {"rows": [4]}, other, names)
     np.testing.assert_array_equal(found["tokens"], [[1, 1, 2, 2, 2]] * 2)
     assert found.keys() == batch.keys()
 
