@@ -127,7 +127,7 @@ def test_one_command_trains_compares_draws_and_does_no_work_twice(compared):
         gap = content["lead"]["end"]["each"][str(seed)]
         assert gap == pytest.approx(scratch[20] - up[20])
         # the upcycled run begins near where the dense one ended, scratch at the logarithm of 290
-        assert abs(up[0] - _losses(workdir, "dense", seed)[10]) < 0.05
+        assert abs(up[0] - _losses(workdir, "dense", seed)[4]) < 0.05
         np.testing.assert_allclose(scratch[0], np.log(290), atol=0.1)
     assert (workdir / "compare.png").is_file() and (workdir / "report.html").is_file()
     times = {p: p.stat().st_mtime_ns for p in workdir.rglob("metrics.jsonl")}
@@ -152,13 +152,13 @@ def test_a_workdir_of_other_runs_is_refused(compared):
 def test_a_dense_model_that_is_there_brings_its_data_and_its_budget(compared, prepared, tmp_path):
     workdir, _, _ = compared
     dense = upcycling.open_dense(workdir / "dense/seed_1", "smoke", None, None)
-    assert (dense.start_step, dense.tokens) == (10, 10 * 8 * 32)
+    assert (dense.start_step, dense.tokens) == (4, 4 * 8 * 32)
     assert dense.base.data.path == str(prepared / "data") and "order of seed 1" in dense.notes[0]
     with pytest.raises(ValueError, match="a Mixture of Experts .num_experts=4.; name a dense"):
         upcycling.open_dense(workdir / "scratch/seed_1", "smoke", None, None)
     with pytest.raises(ValueError, match="other: has another tokenizer than"):
         upcycling.open_dense(workdir / "dense/seed_1", "smoke", prepared / "other", None)
-    with pytest.raises(ValueError, match="dense_tokens=7: .* says that it was trained on 2560"):
+    with pytest.raises(ValueError, match="dense_tokens=7: .* says that it was trained on 1024"):
         upcycling.open_dense(workdir / "dense/seed_1", "smoke", None, 7)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         upcycling.open_dense(tmp_path / "nowhere", "smoke", None, None)
@@ -170,6 +170,6 @@ def test_a_dense_model_that_is_there_brings_its_data_and_its_budget(compared, pr
     content = json.loads((tmp_path / "w/compare.json").read_text())
     # the same seed, data and place: the same runs as those that trained the dense model first
     assert _losses(tmp_path / "w", "upcycled", 1) == _losses(workdir, "upcycled", 1)
-    assert content["dense"]["1"]["tokens"] == 2560 and content["dense"]["1"]["seconds"] is None
+    assert content["dense"]["1"]["tokens"] == 1024 and content["dense"]["1"]["seconds"] is None
     whole = json.loads((workdir / "compare.json").read_text())
     assert content["dense"]["1"]["flops"] == whole["dense"]["1"]["flops"]
