@@ -23,9 +23,9 @@ _SMOKE = config.Config(
     checkpoint=config.CheckpointConfig(interval=4),
 )  # fmt: skip
 
-# What a person can wait for: on two Zen 4 cores 0.11 s per step (dense, of equal cost: 0.08), about
-# 3 minutes per run, and 160 MB of checkpoints. 2.5 M tokens: both are below a bigram model (4.64
-# nats) from about 600 steps on.
+# What a person can wait for: on two Zen 4 cores 0.10 s per step (dense, of equal cost: 0.06), about
+# 3 minutes per run, and 90 MB of checkpoints. 2.9 M tokens: both are below a bigram model (4.64
+# nats) from about 420 steps on.
 _LAPTOP = config.Config(
     model=config.ModelConfig(
         vocab_size=2048, max_length=_LAPTOP_LENGTH, num_layers=4, d_model=64, num_heads=2,
