@@ -105,6 +105,7 @@ def _run(study, workdir, seeds, others=()):
         )
     if _PILOT.value:
         plan = runner.make_plan(study, workdir, scale=_SCALE.value, data=_DATA.value)
+        sharing.adopt_pilot(plan, others)
         found = protocol.run_pilot(plan)
         if isinstance(found, int):
             return app.stopped(found), None

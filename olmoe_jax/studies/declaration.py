@@ -146,7 +146,7 @@ class Study:
     base: Mapping[str, config_lib.Config] = dataclasses.field(default_factory=lambda: scales.BASES)
     equal: tuple[str, ...] = tuple(equality.HELD_EQUAL)
     seeds: tuple[int, ...] = (1, 2, 3)
-    pilot_seeds: tuple[int, ...] = (101, 102, 103)
+    pilot_seeds: tuple[int, ...] = (101, 102)
     learning_rate_factors: tuple[float, ...] = (0.5, 1.0, 2.0)
     max_seeds: int = 12
     variant: str = ""

@@ -10,8 +10,11 @@ import pathlib
 
 import jax
 
-from olmoe_jax.studies import results, runner
+from olmoe_jax.studies import protocol, results, runner
 from olmoe_jax.training import runs
+
+_RUNS = "*/seed_*"
+_PILOT_RUNS = f"{runner.PILOT}/*/rate_*/seed_*"
 
 
 def adopt(plan, workdirs):
@@ -25,14 +28,33 @@ def adopt(plan, workdirs):
       plan: a runner.Plan.
       workdirs: of studies; the plan's own among them is left out.
     """
+    wanted = [
+        (arm, plan.config(arm, seed), plan.path(arm, seed))
+        for seed in plan.seeds for arm in plan.configs
+    ]  # fmt: skip
+    _link(plan, wanted, workdirs, _RUNS)
+
+
+def adopt_pilot(plan, workdirs):
+    """As `adopt`, of the runs of a plan's pilot and those of other pilots."""
+    wanted = [(arm, config, path) for arm, _, _, config, path in protocol.pilot_runs(plan)]
+    _link(plan, wanted, workdirs, _PILOT_RUNS)
+
+
+def _link(plan, wanted, workdirs, pattern):
+    """Makes those of [(arm, Config, path)] links that lie ready elsewhere."""
     if jax.process_count() > 1:
         return
-    known, used = _finished(plan, workdirs), {path.resolve() for path in _links(plan).values()}
-    for arm, seed in plan.remaining:
-        path = plan.path(arm, seed)
+    others = [path for path in map(pathlib.Path, workdirs)
+              if path.resolve() != plan.workdir.resolve()]  # fmt: skip
+    known, used = _finished(others, pattern), set()
+    for _, _, path in wanted:
         if path.is_symlink() and not path.exists():
             path.unlink()  # what it was a link to is gone
-        source = known.get(plan.config(arm, seed))
+        elif path.is_symlink():
+            used.add(path.resolve())
+    for arm, config, path in wanted:
+        source = known.get(config)
         if source is None or path.exists() or not plan.study.arm(arm).begins_anew:
             continue
         if source.resolve() in used or not _same_data(plan, source):
@@ -43,13 +65,11 @@ def adopt(plan, workdirs):
         used.add(source.resolve())
 
 
-def _finished(plan, workdirs):
+def _finished(workdirs, pattern):
     """Config → workdir of a run that is done and no link."""
     found = {}
-    for workdir in map(pathlib.Path, workdirs):
-        if workdir.resolve() == plan.workdir.resolve():
-            continue
-        for file in sorted(workdir.glob("*/seed_*/config.json")):
+    for workdir in workdirs:
+        for file in sorted(workdir.glob(f"{pattern}/config.json")):
             path = file.parent
             if path.is_symlink() or not (path / results.DOCUMENTS).is_file():
                 continue
