@@ -14,6 +14,8 @@ Paper: figures 9 and 10 of arXiv 2409.02060: with the loss against without, 8 ex
 Wang et al. move the biases of softmax scores in proportion to the excess load, because there the
 gap between two experts depends on all others; here the step is fixed, 0.001, as with their sigmoids
 and in DeepSeek-V3. They make 40,000 steps; in a few hundred no bias gets beyond a few tenths.
+
+All arms have one learning rate, as the paper's: the pilot sets only the number of seeds.
 """
 
 from olmoe_jax import studies
@@ -24,6 +26,8 @@ BALANCE = "validation/load_balancing_loss"
 STUDY = studies.Study(
     name="load_balancing_loss",
     question="Does balance need a load-balancing loss?",
+    pilot_seeds=(101, 102, 103),
+    learning_rate_factors=(1.0,),
     arms=(
         studies.Arm(name="with_loss"),
         studies.Arm(name="without", changes=WITHOUT),
