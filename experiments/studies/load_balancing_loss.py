@@ -26,7 +26,6 @@ BALANCE = "validation/load_balancing_loss"
 STUDY = studies.Study(
     name="load_balancing_loss",
     question="Does balance need a load-balancing loss?",
-    pilot_seeds=(101, 102, 103),
     learning_rate_factors=(1.0,),
     arms=(
         studies.Arm(name="with_loss"),

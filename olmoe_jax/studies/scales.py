@@ -28,8 +28,8 @@ _SMOKE = config.Config(
 # nats) from about 420 steps on.
 _LAPTOP = config.Config(
     model=config.ModelConfig(
-        vocab_size=2048, max_length=_LAPTOP_LENGTH, num_layers=4, d_model=64, num_heads=2,
-        num_kv_heads=2, d_ff=16, num_experts=64, num_experts_per_token=8,
+        vocab_size=1024, max_length=_LAPTOP_LENGTH, num_layers=2, d_model=64, num_heads=2,
+        num_kv_heads=2, d_ff=32, num_experts=64, num_experts_per_token=8,
     ),
     data=config.DataConfig(sequence_length=_LAPTOP_LENGTH, validation_windows=96),
     optimizer=config.OptimizerConfig(

@@ -29,7 +29,7 @@ def test_eight_experts_and_sixty_four_narrower_ones_are_equal_outside_the_router
 @pytest.mark.parametrize(
     ("changes", "name", "message"),
     [
-        ({"model.d_ff": 17}, "total_parameters", "config.model.d_ff: 16 != 17"),
+        ({"model.d_ff": 17}, "total_parameters", "config.model.d_ff: 32 != 17"),
         ({"model.num_experts_per_token": 7}, "active_parameters", "num_experts_per_token: 8 != 7"),
         ({"model.num_experts_per_token": 7}, "flops_per_token", "FLOPs per token outside"),
         ({"training.num_steps": 1401}, "tokens", "training.num_steps: 1400 != 1401"),
