@@ -33,7 +33,7 @@ _LAPTOP = config.Config(
     ),
     data=config.DataConfig(sequence_length=_LAPTOP_LENGTH, validation_windows=96),
     optimizer=config.OptimizerConfig(
-        learning_rate=2e-3, warmup_tokens=40 * _LAPTOP_BATCH * _LAPTOP_LENGTH
+        learning_rate=4e-3, warmup_tokens=40 * _LAPTOP_BATCH * _LAPTOP_LENGTH
     ),
     training=config.TrainingConfig(num_steps=1400, batch_size=_LAPTOP_BATCH),
     checkpoint=config.CheckpointConfig(interval=70),
