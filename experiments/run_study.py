@@ -115,16 +115,9 @@ def _run(study, workdir, seeds, others=()):
         print(f"written: {workdir / protocol.FILE}; commit it before the runs that decide")
         app.write_json(found)
         return 0, None
-    followed, notes = protocol.find(
-        workdir, study, _SCALE.value, path=_PROTOCOL.value, data=_DATA.value
+    plan, followed, notes = protocol.plan(
+        study, workdir, scale=_SCALE.value, data=_DATA.value, seeds=seeds, path=_PROTOCOL.value
     )
-    if followed is not None and seeds is not None and seeds != tuple(followed.seeds):
-        notes.append(f"the seeds are not the protocol's, {list(followed.seeds)}")
-    plan = runner.make_plan(
-        study, workdir, scale=_SCALE.value, data=_DATA.value,
-        seeds=seeds or (followed.seeds if followed else None),
-        learning_rates=followed.learning_rates if followed else None,
-    )  # fmt: skip
     if not _DRY_RUN.value:
         sharing.adopt(plan, others)
     print(runner.describe(plan))
