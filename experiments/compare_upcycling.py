@@ -83,12 +83,9 @@ def main(argv):
             "base": {_SCALE.value: dense.base},
         }
     study = upcycling.declare(**options)
-    followed, notes = protocol.find(workdir, study, _SCALE.value, data=data)
-    plan = runner.make_plan(
-        study, workdir, scale=_SCALE.value, data=data,
-        seeds=seeds or (followed.seeds if followed else None),
-        learning_rates=followed.learning_rates if followed else None,
-    )  # fmt: skip
+    plan, followed, notes = protocol.plan(
+        study, workdir, scale=_SCALE.value, data=data, seeds=seeds
+    )
     notes += dense.notes if dense else ()
     print(runner.describe(plan), flush=True)
     print("\n".join(f"note: {note}" for note in notes))

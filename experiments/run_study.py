@@ -14,13 +14,15 @@ work. The verdicts are printed; WORKDIR/report.html has the curves, WORKDIR/repo
 
 Several studies, or all, lie in WORKDIR/NAME each; a run that two of them have in common is made
 once. Behind the last one comes one table of every study of experiments/studies,
-WORKDIR/summary.html, .md and .json; one that was not run stands there with its command.
+WORKDIR/summary.html, .md and .json; one that was not run stands there with its command. Where that
+table is, a single study, too, lies in WORKDIR/NAME, and the table is brought up to date.
 """
 
 import difflib
 import importlib.util
 import os
 import pathlib
+import shlex
 
 from absl import flags
 
@@ -67,7 +69,7 @@ def main(argv):
 
     workdir = pathlib.Path(os.path.expanduser(_WORKDIR.value))
     app.share_compiled_programs()
-    if not several:
+    if not several and not (workdir / summary.DATA).is_file():
         return _run(chosen[0], workdir, seeds)[0]
     folders, left, planned = [workdir / name for name in names()], 0.0, set()
     for study in chosen:
@@ -78,12 +80,12 @@ def main(argv):
         if status:
             return status
         if _DRY_RUN.value:
-            left += sharing.seconds_left(plan, planned)
+            left += sharing.seconds_left(plan, planned, folders)
         print()
     if _DRY_RUN.value:
         print(
-            f"{len(chosen)} studies, runs in common made once: altogether about "
-            f"{metrics.duration(left)} (an estimate)"
+            f"{len(chosen)} {'studies' if len(chosen) > 1 else 'study'}, runs in common made once: "
+            f"altogether about {metrics.duration(left)} (an estimate)"
         )
     elif not _PILOT.value and not jax.process_index():
         _summarize(summary, workdir)
@@ -115,16 +117,9 @@ def _run(study, workdir, seeds, others=()):
         print(f"written: {workdir / protocol.FILE}; commit it before the runs that decide")
         app.write_json(found)
         return 0, None
-    followed, notes = protocol.find(
-        workdir, study, _SCALE.value, path=_PROTOCOL.value, data=_DATA.value
+    plan, followed, notes = protocol.plan(
+        study, workdir, scale=_SCALE.value, data=_DATA.value, seeds=seeds, path=_PROTOCOL.value
     )
-    if followed is not None and seeds is not None and seeds != tuple(followed.seeds):
-        notes.append(f"the seeds are not the protocol's, {list(followed.seeds)}")
-    plan = runner.make_plan(
-        study, workdir, scale=_SCALE.value, data=_DATA.value,
-        seeds=seeds or (followed.seeds if followed else None),
-        learning_rates=followed.learning_rates if followed else None,
-    )  # fmt: skip
     if not _DRY_RUN.value:
         sharing.adopt(plan, others)
     print(runner.describe(plan))
@@ -145,11 +140,7 @@ def _run(study, workdir, seeds, others=()):
 def _summarize(summary, workdir):
     """Writes the table over all studies that there are, run or not."""
     known = {
-        name: {
-            "question": load(name).question,
-            "command": f"python -m experiments.run_study --study={name} --workdir={workdir / name} "
-            f"--scale={_SCALE.value}",
-        }
+        name: {"question": load(name).question, "command": _command(name, workdir)}
         for name in names()
     }
     reports = summary.read(sorted(workdir.glob("*/report.json")))
@@ -158,6 +149,16 @@ def _summarize(summary, workdir):
     print(summary.markdown(table))
     print(f"page: {workdir / summary.PAGE}\ntable: {workdir / summary.TEXT}")
     app.write_json(table)
+
+
+def _command(name, workdir):
+    """What runs a study as these were, for a shell; `workdir` is theirs, and has the table."""
+    flags_ = [f"--study={name}", f"--workdir={workdir}", f"--scale={_SCALE.value}"]
+    if _DATA.value is not None:
+        flags_.append(f"--data={_DATA.value}")
+    if _SEEDS.value is not None:
+        flags_.append(f"--seeds={','.join(_SEEDS.value)}")
+    return shlex.join([app.python(), "-m", "experiments.run_study", *flags_])
 
 
 def choose(text) -> list[declaration.Study]:

@@ -25,9 +25,9 @@ ADVANTAGE = "validation/future_advantage"
 def measure(workdir, config, data, *, devices=None):
     """Writes DEPENDENCE and ADVANTAGE of a run's last checkpoint to WORKDIR/causality.json.
 
-    Of every validation window the first half stays; behind it comes the second half of a window of
-    the next batch. Over the targets in first halves, with `own` and `other` their losses in nats
-    before and after:
+    Of every validation window the first half stays; behind it comes the second half of another one,
+    of the next batch where there are several. Over the targets in first halves, with `own` and
+    `other` their losses in nats before and after:
 
       future_dependence   mean |other − own|: 0 in a causal model, but for rounding
       future_advantage    mean (other − own): what knowing the true future takes off the loss
@@ -38,10 +38,13 @@ def measure(workdir, config, data, *, devices=None):
       workdir: of a finished run of `config`.
       data: its PreparedData.
       devices: what the mesh is made of; default all.
+    Raises:
+      ValueError: as `check`.
     """
     target = pathlib.Path(workdir) / FILE
     if target.is_file():
         return
+    check(config, data)
     batch_size = config.training.batch_size // config.training.micro_batches
     batches = pipeline.validation_batches(
         data, num_windows=config.data.validation_windows, batch_size=batch_size
@@ -67,8 +70,8 @@ def measure(workdir, config, data, *, devices=None):
             return jax.device_get(step(params, placed))
 
         differences = []
-        for batch, following in zip(batches, _following(batches), strict=True):
-            own, other = losses(batch), losses(with_other_future(batch, following, names))
+        for batch, others in zip(batches, other_windows(batches, names), strict=True):
+            own, other = losses(batch), losses(with_other_future(batch, others, names))
             half = batch["tokens"].shape[1] // 2
             scored = batch["loss_mask"][:, 1:half]  # the targets of positions 0 … half − 2
             differences.append((other - own)[:, : half - 1][scored])
@@ -81,15 +84,49 @@ def measure(workdir, config, data, *, devices=None):
     os.replace(temporary, target)
 
 
-def _following(batches):
-    """The batch behind each, the first behind the last; a single one with its rows shifted."""
-    if len(batches) == 1:
-        return [{name: np.roll(array, 1, axis=0) for name, array in batches[0].items()}]
-    return [*batches[1:], batches[0]]
+def check(config, data):
+    """Refuses data with a single validation window: no other text could come behind it.
+
+    Raises:
+      ValueError: it is so; config and data, as of `measure`.
+    """
+    available = data.num_windows("validation")
+    if min(config.data.validation_windows or available, available) < 2:
+        raise ValueError(
+            f"{DEPENDENCE} needs two validation windows: {data.path} has {available}, and "
+            f"data.validation_windows is {config.data.validation_windows} (0: all)"
+        )
+
+
+def other_windows(batches, names) -> list[dict]:
+    """For each batch the fields `names` of a batch of other windows, each in one place.
+
+    The windows of all batches stand in a circle, from which padding rows are left out: the other
+    window is that a batch further on, or of a single batch the next. Padding rows stay.
+    """
+    real = [batch["token_mask"].any(axis=1) for batch in batches]
+    count, batch_size = sum(int(rows.sum()) for rows in real), len(real[0])
+    shift = batch_size if count > batch_size else 1
+    rolled = {
+        name: np.roll(
+            np.concatenate([batch[name][rows] for batch, rows in zip(batches, real, strict=True)]),
+            -shift, axis=0,
+        )
+        for name in names
+    }  # fmt: skip
+    out, first = [], 0
+    for batch, rows in zip(batches, real, strict=True):
+        found = {name: batch[name].copy() for name in names}
+        last = first + int(rows.sum())
+        for name in names:
+            found[name][rows] = rolled[name][first:last]
+        out.append(found)
+        first = last
+    return out
 
 
 def with_other_future(batch, other, names) -> dict:
-    """The fields `names` of a batch, second halves from another batch of the same shape."""
+    """The fields `names` of a batch, second halves from `other`, of the same shape."""
     half = batch["tokens"].shape[1] // 2
     return {
         name: np.concatenate([batch[name][:, :half], other[name][:, half:]], axis=1)

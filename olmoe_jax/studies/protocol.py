@@ -25,7 +25,7 @@ class Protocol:
     """The outcome of a pilot; its JSON file is to be committed before the runs that decide.
 
     Attributes:
-      study, scale: which.
+      study, scale, variant: which.
       metric: that of the study's first "final" outcome, by which rates are chosen.
       learning_rates: arm → rate of the verdict's runs.
       seeds: of the verdict's runs.
@@ -41,6 +41,7 @@ class Protocol:
 
     study: str
     scale: str
+    variant: str
     metric: str
     learning_rates: dict[str, float]
     seeds: tuple[int, ...]
@@ -186,6 +187,7 @@ def decide(plan, finals) -> Protocol:
     return Protocol(
         study=study.name,
         scale=plan.scale,
+        variant=study.variant,
         metric=outcome.metric,
         learning_rates=learning_rates,
         seeds=_seeds(study, count),
@@ -241,18 +243,30 @@ def write(path, protocol):
     runner.write_json(pathlib.Path(path), dataclasses.asdict(protocol))
 
 
-def find(workdir, study, scale, *, path=None, data=None) -> tuple[Protocol | None, list[str]]:
-    """(the Protocol that a workdir's runs follow, notes on it); (None, []) where there is none.
+def plan(study, workdir, *, scale, data=None, seeds=None, path=None):
+    """(the runner.Plan of a study, the Protocol that it follows or None, notes on that).
 
     Args:
-      path: of the protocol; default WORKDIR/protocol.json if it is there.
       data: directory of prepared data instead of the base's, or None.
+      seeds: instead of the protocol's; without a protocol, of the study's.
+      path: of the protocol; default WORKDIR/protocol.json if it is there.
+    Raises:
+      ValueError, FileNotFoundError: as `read` and `runner.make_plan`.
     """
-    path = pathlib.Path(path or pathlib.Path(workdir) / FILE)
-    if path == pathlib.Path(workdir) / FILE and not path.is_file():
-        return None, []
-    changes = None if data is None else runner.data_changes(data)
-    return read(path, study, scale, data=changes)
+    here = pathlib.Path(os.path.expanduser(workdir)) / FILE
+    followed, notes = None, []
+    if path is not None or here.is_file():
+        changes = None if data is None else runner.data_changes(data)
+        path = here if path is None else os.path.expanduser(path)
+        followed, notes = read(path, study, scale, data=changes)
+        if seeds is not None and tuple(seeds) != followed.seeds:
+            notes.append(f"the seeds are not the protocol's, {list(followed.seeds)}")
+    made = runner.make_plan(
+        study, workdir, scale=scale, data=data,
+        seeds=followed.seeds if followed and seeds is None else seeds,
+        learning_rates=followed.learning_rates if followed else None,
+    )  # fmt: skip
+    return made, followed, notes
 
 
 def read(path, study, scale, *, data=None) -> tuple[Protocol, list[str]]:
@@ -262,9 +276,10 @@ def read(path, study, scale, *, data=None) -> tuple[Protocol, list[str]]:
       data: changes to the base that other data bring (runner.data_changes), or None. Rates and
         number of seeds carry over to other data; that is noted.
     Raises:
-      ValueError: it is of another study or scale, or of another configuration.
+      ValueError: it is of another study, scale, variant or configuration.
     """
     content = json.loads(pathlib.Path(path).read_text())
+    content = {"variant": study.variant} | content  # earlier versions did not note it
     fields = {field.name for field in dataclasses.fields(Protocol)}
     if set(content) != fields:
         raise ValueError(f"{path}: not a protocol of this version; run --pilot again")
@@ -274,6 +289,11 @@ def read(path, study, scale, *, data=None) -> tuple[Protocol, list[str]]:
         raise ValueError(
             f"{path}: the protocol of study {found.study} at scale {found.scale}, "
             f"not of {study.name} at {scale}"
+        )
+    if found.variant != study.variant:
+        raise ValueError(
+            f"{path}: the protocol of variant {found.variant!r} of study {study.name}, not of "
+            f"{study.variant!r}. Run --pilot again"
         )
     differ, notes = [], []
     for arm, config in study.configs(scale, data=data).items():

@@ -1,6 +1,8 @@
 """From a study's finished runs to its report: verdicts, costs and routing as plain numbers."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 
@@ -20,10 +22,13 @@ from olmoe_jax.studies import (
 from olmoe_jax.training import metrics, runs
 
 DATA, PAGE, BIGRAM = "report.json", "report.html", "bigram.json"
+LOCK = ".report.lock"
 
 
 def write(plan, *, protocol=None, notes=(), announce=print) -> dict:
     """Judges a study whose runs are all done; writes report.json and report.html in its workdir.
+
+    Where another process is at it, this one waits and then finds the long part done.
 
     Args:
       plan: a runner.Plan without remaining runs.
@@ -43,10 +48,23 @@ def write(plan, *, protocol=None, notes=(), announce=print) -> dict:
     bigram_loss = baseline["validation/bigram_loss"]
     findings = [verdict.judge(o, found, bigram_loss=bigram_loss) for o in plan.study.outcomes]
     content = summary(plan, found, findings, baseline, protocol, notes)
-    content["routing"] = routing.measure(plan, found, announce=announce)
-    runner.write_json(plan.workdir / DATA, content)
-    reporting.write(plan.workdir / PAGE, page.build(plan, found, findings, content))
+    with _alone(plan.workdir, announce):
+        content["routing"] = routing.measure(plan, found, announce=announce)
+        runner.write_json(plan.workdir / DATA, content)
+        reporting.write(plan.workdir / PAGE, page.build(plan, found, findings, content))
     return content
+
+
+@contextlib.contextmanager
+def _alone(workdir, announce):
+    """Lets one process at a time write a study's report; the lock goes with the process."""
+    with open(workdir / LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            announce(f"{workdir}: another process writes the report; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def bigram_baseline(plan, announce) -> dict:
@@ -85,7 +103,7 @@ def summary(plan, found, findings, baseline, protocol, notes) -> dict:
         "study": plan.study.name,
         "question": plan.study.question,
         "scale": plan.scale,
-        "data": plan.data.get("data.path", "the base's"),
+        "data": next(iter(plan.configs.values())).data.path,
         "seeds": list(plan.seeds),
         "held_equal": list(plan.study.equal),
         "protocol": None if protocol is None else dataclasses.asdict(protocol) | {"configs": None},

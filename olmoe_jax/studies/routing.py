@@ -1,13 +1,19 @@
 """What the routers of a study's arms do: measured on its finished runs, by `olmoe_jax.analysis`.
 
-    WORKDIR/routing/ARM/seed_N/STEP/DOMAIN/   routing traces, which make measuring again cheap
+    WORKDIR/routing/ARM/seed_N/STEP-KEY/DOMAIN/   routing traces, which make measuring again cheap
+
+KEY is of the checkpoint's files and of the texts: where a run was made again, or lies elsewhere, it
+is another one, and the traces are made again. Those of other keys are removed.
 
 A few thousand tokens of each domain of the validation split are recorded, at the last checkpoint
 and at those next to 10, 20 and 40 % of the training. Dense arms have no router; under expert choice
 a token's experts depend on the batch, so those arms are left out as well.
 """
 
+import hashlib
 import itertools
+import json
+import shutil
 
 import numpy as np
 
@@ -21,6 +27,8 @@ MAX_TOKENS = 4096  # of a domain
 
 def measure(plan, found, *, announce=print) -> dict:
     """arm → what its routers do, as plain numbers, means over layers and seeds.
+
+    Only one process at a time may measure a study.
 
     Args:
       plan: a runner.Plan whose runs are done.
@@ -70,7 +78,9 @@ def _arm(plan, arm, config, mine):
     last, early, spread = [], [], []
     for run in mine:
         folder = plan.workdir / FOLDER / arm / f"seed_{run.seed}"
-        recorded = [_record(one, text, folder) for one in _checkpoints(run.path, config)]
+        outputs = {_output(folder, one, text): one for one in _checkpoints(run.path, config)}
+        _remove_others(folder, outputs)
+        recorded = [_record(one, text, output) for output, one in outputs.items()]
         traces = [[one.trace for one in domain] for domain in recorded]
         spread.append(domains.specialisation([one.accumulated.result() for one in recorded[-1]]))
         if len(traces) > 1:
@@ -99,13 +109,30 @@ def _checkpoints(path, config):
     return [one for one in every if one.step in chosen or one is every[-1]]
 
 
-def _record(checkpoint, text, folder):
-    """A sinks.Recorded per domain; what lies in the folder is not computed again."""
+def _output(folder, checkpoint, text):
+    """Where the traces of a checkpoint on texts lie: the name says what they are of."""
+    files = recording.open_job(checkpoint, text).identity()["contents"]
+    texts_ = [[t.domain, t.data, t.tokenizer and t.tokenizer.sha256] for t in text]
+    digest = hashlib.sha256(json.dumps([files, texts_]).encode()).hexdigest()
+    return folder / f"{checkpoint.step}-{digest[:12]}"
+
+
+def _remove_others(folder, outputs):
+    """Removes traces that nothing will read again: of a run that was made again, of other texts."""
+    kept = {output.name for output in outputs}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if (
+            path.is_dir() and path.name.partition(".")[0] not in kept
+        ):  # .scratch: of an interrupted recording
+            shutil.rmtree(path)
+
+
+def _record(checkpoint, text, output):
+    """A sinks.Recorded per domain; what lies in `output` is not computed again."""
 
     def counter(info):
         return counts.Counter(info, vocabulary=False)
 
-    output = folder / str(checkpoint.step)
     return list(recording.record(checkpoint, text, output, accumulate=counter, announce=_quiet))
 
 

@@ -220,7 +220,7 @@ def make_runs(plan, *, arm=None, seed=None, devices=None, announce=print) -> int
     if seed is not None and seed not in plan.seeds:
         raise ValueError(f"--seed={seed}: the seeds are {list(plan.seeds)}")
     write_marker(plan)
-    _check_domains(plan, announce)
+    _check_data(plan, announce)
     wanted = [(a, s) for a, s in plan.remaining if arm in (None, a) and seed in (None, s)]
     for number, (name, number_seed) in enumerate(wanted, start=1):
         announce(f"\n{plan.study.name}: {name}, seed {number_seed} ({number} of {len(wanted)})")
@@ -243,15 +243,18 @@ def make_runs(plan, *, arm=None, seed=None, devices=None, announce=print) -> int
     return None
 
 
-def _check_domains(plan, announce):
-    """Refuses an outcome about a domain that the data do not have."""
+def _check_data(plan, announce):
+    """Refuses data in which an outcome cannot be measured: no such domain, too few windows."""
     metrics_of_domains = [o.metric for o in plan.study.outcomes if declaration.domain_of(o.metric)]
-    if not metrics_of_domains:
+    if not metrics_of_domains and not plan.needs_causality:
         return
     arm, seed = next(iter(plan.configs)), plan.seeds[0]
     path, config = plan.path(arm, seed), plan.config(arm, seed)
     share_data(plan.workdir, path, config, announce)
-    domains = runs.open_data(config, path, announce).info.domains
+    data = runs.open_data(config, path, announce)
+    domains = data.info.domains
+    if plan.needs_causality:
+        causality.check(config, data)
     for metric in metrics_of_domains:
         if (domain := declaration.domain_of(metric)) not in domains:
             near = declaration.nearest(domain, domains)
@@ -296,7 +299,7 @@ def link_data(workdir, shared):
     shared.mkdir(parents=True, exist_ok=True)
     workdir.mkdir(parents=True, exist_ok=True)
     target = workdir / "data"
-    if not target.exists() and not target.is_symlink():
+    with contextlib.suppress(FileExistsError):  # its own, or another process was faster
         target.symlink_to(os.path.relpath(shared, workdir), target_is_directory=True)
 
 
@@ -307,11 +310,11 @@ def share_data(workdir, path, config, announce):
     path.mkdir(parents=True, exist_ok=True)
     shared = workdir / "data"
     shared.mkdir(exist_ok=True)
-    if not (path / "data").exists():
-        (path / "data").unlink(missing_ok=True)  # a link to nowhere
-        (path / "data").symlink_to(os.path.relpath(shared, path), target_is_directory=True)
     with open(shared / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # others wait: they need it too
+        if not (path / "data").exists():
+            (path / "data").unlink(missing_ok=True)  # a link to nowhere
+            (path / "data").symlink_to(os.path.relpath(shared, path), target_is_directory=True)
         runs.open_data(config, path, announce)
 
 

@@ -45,9 +45,7 @@ def _link(plan, wanted, workdirs, pattern):
     """Makes those of [(arm, Config, path)] links that lie ready elsewhere."""
     if jax.process_count() > 1:
         return
-    others = [path for path in map(pathlib.Path, workdirs)
-              if path.resolve() != plan.workdir.resolve()]  # fmt: skip
-    known, used = _finished(others, pattern), set()
+    known, used = _finished(plan, workdirs, pattern), set()
     for _, _, path in wanted:
         if path.is_symlink() and not path.exists():
             path.unlink()  # what it was a link to is gone
@@ -65,10 +63,12 @@ def _link(plan, wanted, workdirs, pattern):
         used.add(source.resolve())
 
 
-def _finished(workdirs, pattern):
-    """Config → workdir of a run that is done and no link."""
+def _finished(plan, workdirs, pattern):
+    """Config → workdir of a run of another study that is done and no link."""
     found = {}
-    for workdir in workdirs:
+    for workdir in map(pathlib.Path, workdirs):
+        if workdir.resolve() == plan.workdir.resolve():
+            continue
         for file in sorted(workdir.glob(f"{pattern}/config.json")):
             path = file.parent
             if path.is_symlink() or not (path / results.DOCUMENTS).is_file():
@@ -108,16 +108,25 @@ def notes(plan) -> list[str]:
     return [f"runs shared with other studies, where every setting is the same: {listed}"]
 
 
-def seconds_left(plan, planned) -> float:
-    """As `runner.seconds_left`, without the runs that studies before this one will have made.
+def seconds_left(plan, planned, workdirs=()) -> float:
+    """As `runner.seconds_left`, without the runs that `adopt` will take over.
 
     Args:
-      planned: set of the Configs of those; this plan's are added to it.
+      planned: set of the Configs of studies before this one, whose runs will be there; this plan's
+        are added to it.
+      workdirs: of studies whose finished runs are there already, as of `adopt`.
     """
-    seconds, own = 0.0, set()
-    for arm, seed in plan.remaining:
+    fresh = not (plan.workdir / "data").exists()  # it will be a link to the others' data
+    ready = planned | {
+        config
+        for config, path in _finished(plan, workdirs, _RUNS).items()
+        if fresh or _same_data(plan, path)
+    }
+    every, remaining = {(arm, seed) for arm in plan.configs for seed in plan.seeds}, plan.remaining
+    seconds, own = 0.0, {plan.config(*run) for run in every.difference(remaining)}
+    for arm, seed in remaining:
         config = plan.config(arm, seed)
-        if config in own or config not in planned:
+        if config in own or config not in ready:
             seconds += runner.estimate(plan, arm, seed)
         own.add(config)
     planned |= own

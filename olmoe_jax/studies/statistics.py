@@ -98,6 +98,24 @@ def seeds_to_decide(effect, sd, *, least=2, level=LEVEL, wanted=POWER) -> int | 
     return enough
 
 
+def shown_effect(sd, n, *, level=LEVEL, wanted=POWER) -> float:
+    """The least effect at which the interval of n ≥ 2 seeds excludes zero with probability
+    `wanted`: the other way round than `seeds_to_decide`.
+
+    >>> round(shown_effect(0.01, 5), 4), round(shown_effect(0.01, 20), 4)
+    (0.0168, 0.0066)
+    """
+    if sd == 0:
+        return 0.0
+    low, high = 0.0, sd
+    while power(high, sd, n, level) < wanted:
+        low, high = high, 2 * high
+    while high - low > 1e-6 * sd:
+        middle = (low + high) / 2
+        low, high = (low, middle) if power(middle, sd, n, level) >= wanted else (middle, high)
+    return high
+
+
 def pooled_sd(groups) -> tuple[float, int]:
     """(standard deviation within groups of values, its degrees of freedom).
 

@@ -15,25 +15,46 @@ from olmoe_jax.studies import runner
 
 NOT_RUN = "not run"
 DATA, TEXT, PAGE = "summary.json", "summary.md", "summary.html"
-_COLUMNS = ("study", "question", "scale", "comparison", "effect", "95 % interval", "seeds",
+_COLUMNS = ("study", "question", "scale", "data", "comparison", "effect", "95 % interval", "seeds",
             "the paper", "verdict")  # fmt: skip
+_HOW = (
+    "The command of a study that was not run goes on with one that was begun, makes no run twice, "
+    "and brings this table up to date. Add --dry_run to see how long it takes; run it with --pilot "
+    "first to choose learning rates and the number of seeds by a pilot."
+)
+# what is read here of a report.json, of its outcomes and of their intervals
+_REPORT = {"study", "question", "scale", "data", "protocol", "outcomes"}
+_OUTCOME = {"title", "measure", "metric", "unit", "paper", "interval", "agreement", "words",
+            "seeds_needed"}  # fmt: skip
+_INTERVAL = {"mean", "low", "high", "n"}
 
 
 def read(paths) -> list[dict]:
     """The contents of report.json files; a file that is not there is left out.
 
     Raises:
-      ValueError: a file is no report of a study.
+      ValueError: a file is no report of a study, or lacks what the table needs.
     """
     found = []
     for path in map(pathlib.Path, paths):
         if not path.is_file():
             continue
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict) or not {"study", "outcomes"} <= set(content):
-            raise ValueError(f"{path}: not the report.json of a study")
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: not the report.json of a study ({error})") from None
+        if not _has(content, _REPORT) or not isinstance(content["outcomes"], list):
+            raise ValueError(f"{path}: not the report.json of a study, as this version writes it")
+        for number, outcome in enumerate(content["outcomes"]):
+            interval = outcome["interval"] if (whole := _has(outcome, _OUTCOME)) else None
+            if not whole or not (interval is None or _has(interval, _INTERVAL)):
+                raise ValueError(f"{path}: outcome {number} is not as this version writes it")
         found.append(content)
     return found
+
+
+def _has(value, keys):
+    return isinstance(value, dict) and keys <= value.keys()
 
 
 def rows(reports, known) -> list[dict]:
@@ -44,10 +65,10 @@ def rows(reports, known) -> list[dict]:
       known: study → {"question": …, "command": what runs it}, in the order of the table. A report
         of another study comes behind.
     Returns:
-      dicts with `study`, `question`, `scale`, `comparison`, `measure`, `metric`, `unit`, `effect`,
-      `low`, `high`, `n`, `paper`, `verdict`, `words`, `seeds_needed`, `pilot` (whether one fixed
-      the learning rates), `command`; None where there is no such value. Ratios are ratios, not
-      their logarithms.
+      dicts with `study`, `question`, `scale`, `data`, `comparison`, `measure`, `metric`, `unit`,
+      `effect`, `low`, `high`, `n`, `paper`, `verdict`, `words`, `seeds_needed`, `pilot` (whether
+      one fixed the learning rates), `command`; None where there is no such value. Ratios are
+      ratios, not their logarithms.
     """
     order = [*known, *dict.fromkeys(r["study"] for r in reports if r["study"] not in known)]
     out = []
@@ -62,8 +83,8 @@ def rows(reports, known) -> list[dict]:
 
 
 _FIELDS = (
-    "study", "question", "scale", "comparison", "measure", "metric", "unit", "effect", "low",
-    "high", "n", "paper", "verdict", "words", "seeds_needed", "pilot", "command",
+    "study", "question", "scale", "data", "comparison", "measure", "metric", "unit", "effect",
+    "low", "high", "n", "paper", "verdict", "words", "seeds_needed", "pilot", "command",
 )  # fmt: skip
 
 
@@ -73,6 +94,7 @@ def _row(report, outcome, command):
         "study": report["study"],
         "question": report["question"],
         "scale": report["scale"],
+        "data": report["data"],
         "comparison": outcome["title"],
         "measure": outcome["measure"],
         "metric": outcome["metric"],
@@ -99,7 +121,15 @@ def markdown(table) -> str:
     lines = [f"| {' | '.join(_COLUMNS)} |", f"|{' --- |' * len(_COLUMNS)}"]
     for cells in _cells(table, code="`{}`"):
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    if how := _how(table):
+        lines += ["", how]
     return "\n".join(lines) + "\n"
+
+
+def _how(table):
+    """What a reader can do about studies that were not run; None where all were."""
+    can = any(row["verdict"] == NOT_RUN and row["command"] for row in table)
+    return _HOW if can else None
 
 
 def page(table) -> str:
@@ -110,8 +140,13 @@ def page(table) -> str:
     blocks = [
         reporting.Table(
             title="All studies", columns=_COLUMNS, rows=tuple(_cells(table)),
-            note="Differences are arm − other, lower is better; costs are ratios. Intervals: "
-            "Student's t over seeds.",
+            note=" ".join(
+                [
+                    "Differences are arm − other, lower is better; costs are ratios. Intervals: "
+                    "Student's t over seeds.",
+                    *([how] if (how := _how(table)) else []),
+                ]
+            ),
         ),
         *(
             reporting.Prose(
@@ -137,18 +172,19 @@ def _cells(table, code="{}"):
     """Tuples of text, one per row; study and question stand once for consecutive rows."""
     out, before = [], None
     for row in table:
-        key = (row["study"], row["scale"])
+        key = (row["study"], row["scale"], row["data"])
         name, question = ("", "") if key == before else (row["study"], row["question"])
         before = key
         if row["verdict"] == NOT_RUN:
             how = f": {code.format(row['command'])}" if row["command"] else ""
-            out.append((name, question, *["–"] * 6, NOT_RUN + how))
+            out.append((name, question, *["–"] * (len(_COLUMNS) - 3), NOT_RUN + how))
             continue
         out.append(
             (
                 name,
                 question,
                 row["scale"],
+                row["data"],
                 row["comparison"],
                 _number(row, row["effect"]),
                 "–" if row["low"] is None else

@@ -186,7 +186,11 @@ def _verdict_words(outcome, interval, missing, agreement, needed, weak, bigram_l
             least = _size(outcome, outcome.smallest_effect)
             verdict += f": there is a difference, but it may be below {least}"
         else:
-            verdict += f": it would take {enough} to tell {size} from none"
+            shown = _size(outcome, statistics.shown_effect(interval.sd, interval.n))
+            verdict += (
+                f": it would take {enough} to tell {size} from none; with these {interval.n}, "
+                f"effects from about {shown} on would show"
+            )
     return f"{verdict}{_paper(outcome)}."
 
 

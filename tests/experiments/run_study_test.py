@@ -4,15 +4,17 @@ import dataclasses
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
+import types
 
 import pytest
 
 from experiments import run_study
 from olmoe_jax import config, studies
 from olmoe_jax.data import preparation
-from olmoe_jax.studies import equality
+from olmoe_jax.studies import equality, summary
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -82,6 +84,25 @@ def test_a_dry_run_of_several_prints_what_each_and_all_cost(tmp_path):
     assert "2 studies, runs in common made once: altogether about " in out and not list(
         tmp_path.iterdir()
     )
+    (tmp_path / "summary.json").write_text("[]")  # so the single study has a folder in there
+    status, out, error = run("--study=control", f"--workdir={tmp_path}", "--scale=smoke",
+                             "--dry_run")  # fmt: skip
+    assert status == 0 and "1 study, runs in common made once: altogether about " in out, error
+
+
+def test_the_command_of_a_study_that_was_not_run_has_the_others_flags(tmp_path, monkeypatch):
+    given = {"_SCALE": "smoke", "_DATA": "my data", "_SEEDS": ["4", "5"]}
+    for name, value in given.items():
+        monkeypatch.setattr(run_study, name, types.SimpleNamespace(value=value))
+    written = []
+    monkeypatch.setattr(run_study.app, "write_json", written.extend)
+    run_study._summarize(summary, tmp_path)
+    assert [row["study"] for row in written] == run_study.names()
+    command = shlex.split(written[0]["command"])
+    assert command[1:] == ["-m", "experiments.run_study", f"--study={written[0]['study']}",
+                           f"--workdir={tmp_path}", "--scale=smoke", "--data=my data",
+                           "--seeds=4,5"]  # fmt: skip
+    assert "'--data=my data'" in (tmp_path / summary.TEXT).read_text()
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_more_seeds_than_declared_are_new_ones_and_none_of_the_pilots(tmp_path):
     plan = _plan(tmp_path, seeds=(99, 100), max_seeds=4,
                  outcomes=(synthetic.outcome(smallest_effect=0.001),))  # fmt: skip
     found = protocol.decide(plan, _finals(OLD, NEW))
-    assert found.seeds == (99, 100, 104, 105)
+    assert found.seeds == (99, 100, 103, 104)
     assert any("the study stops at 4" in note for note in found.notes)
 
 
@@ -98,9 +98,31 @@ def test_a_protocol_of_another_declaration_is_refused(written):
     more = dataclasses.replace(study, arms=(*study.arms, studies.Arm(name="third")))
     with pytest.raises(ValueError, match="arm third is new"):
         protocol.read(path, more, "smoke")
+    scaled = dataclasses.replace(study, variant="scaled")
+    with pytest.raises(ValueError, match="of variant '' of study made_up, not of 'scaled'. Run --"):
+        protocol.read(path, scaled, "smoke")
+    content = json.loads(path.read_text())
+    del content["variant"]  # as earlier versions wrote it
+    path.write_text(json.dumps(content))
+    assert protocol.read(path, scaled, "smoke")[0].variant == "scaled"
     path.write_text("{}")
     with pytest.raises(ValueError, match="not a protocol of this version"):
         protocol.read(path, study, "smoke")
+
+
+def test_a_plan_follows_the_protocol_and_says_where_it_does_not(written, tmp_path):
+    path, study = written
+    options = {"scale": "smoke"}
+    plain, followed, notes = protocol.plan(study, tmp_path / "none", **options)
+    assert (plain.seeds, followed, notes) == (study.seeds, None, [])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / protocol.FILE).write_text(path.read_text())
+    plan, followed, notes = protocol.plan(study, tmp_path / "run", **options)
+    assert plan.seeds == followed.seeds == protocol.read(path, study, "smoke")[0].seeds
+    assert plan.config("new", 1).optimizer.learning_rate == 0.008 and notes == []
+    plan, _, notes = protocol.plan(study, tmp_path / "none", path=path, seeds=(8, 9), **options)
+    assert plan.seeds == (8, 9) and plan.config("new", 8).optimizer.learning_rate == 0.008
+    assert notes == [f"the seeds are not the protocol's, {list(followed.seeds)}"]
 
 
 def test_rates_and_seeds_carry_over_to_other_data_and_that_is_said(written, prepared):

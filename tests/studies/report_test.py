@@ -1,3 +1,4 @@
+import fcntl
 import json
 import re
 
@@ -59,6 +60,7 @@ def test_report_json_has_costs_routing_and_notes(finished):
     assert row["health"]["max_load"] >= 1 and 0 < row["health"]["normalized_entropy"] <= 1
     assert row["seconds"] == pytest.approx(768 / row["tokens_per_second"], rel=0.5)
     assert content["notes"] == ["a note"] and content["protocol"] is None
+    assert content["data"] == plan.configs["good"].data.path
     assert content["environment"] and content["outcomes"][0]["documents"]["n"] > 3
 
 
@@ -101,3 +103,18 @@ def test_the_terminal_says_the_same_and_names_arms_below_the_bigram_model(finish
     weak = {**content, "bigram": {"loss": 0.1, "bits_per_byte": 0.1}}
     weak["arms"] = {a: {**row, "beats_bigram": False} for a, row in content["arms"].items()}
     assert "note: good, worse not below the bigram model (0.1000 nats)" in report.text(weak)
+
+
+def test_a_process_waits_while_another_writes_the_report(finished):
+    plan, content = finished
+    with open(plan.workdir / report.LOCK, "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+
+        def announce(line):
+            if line.endswith("another process writes the report; waiting for it"):
+                fcntl.flock(other, fcntl.LOCK_UN)
+                said.append(line)
+
+        said = []
+        assert report.write(plan, notes=["a note"], announce=announce) == content
+    assert len(said) == 1

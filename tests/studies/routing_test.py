@@ -1,6 +1,7 @@
 """What a study's report says of its routers, held against the analyses made by hand."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -56,15 +57,22 @@ class _Both:
         self.ids.append(block.expert_ids)
 
 
+def _traced(plan, seed):
+    """Steps of which there are traces, with those that are there twice."""
+    folder = plan.workdir / routing.FOLDER / f"good/seed_{seed}"
+    return sorted(path.name.partition("-")[0] for path in folder.iterdir())
+
+
+def _found(plan):
+    return {(arm, seed): results.read_run(plan.path(arm, seed), arm, seed)
+            for arm in plan.configs for seed in plan.seeds}  # fmt: skip
+
+
 def test_traces_are_kept_and_dense_arms_left_out(finished, monkeypatch):
     plan, content = finished
     assert "Inside the routers" in (plan.workdir / report.PAGE).read_text()
-    assert sorted(p.name for p in (plan.workdir / routing.FOLDER / "good/seed_1").iterdir()) == [
-        "12",
-        "4",
-    ]
-    found = {(arm, seed): results.read_run(plan.path(arm, seed), arm, seed)
-             for arm in plan.configs for seed in plan.seeds}  # fmt: skip
+    assert _traced(plan, 1) == ["12", "4"]
+    found = _found(plan)
     monkeypatch.setattr(recording.layerwise, "apply_layer", None)  # nothing is computed again
     assert routing.measure(plan, found, announce=_quiet) == content["routing"]
     base = plan.configs["good"]
@@ -77,3 +85,16 @@ def test_traces_are_kept_and_dense_arms_left_out(finished, monkeypatch):
         "good": {"left_out": "dense"},
         "worse": {"left_out": "a token's experts depend on the batch"},
     }
+
+
+def test_a_run_made_again_and_a_moved_workdir_are_traced_anew(finished, tmp_path):
+    plan, content = finished
+    moved = dataclasses.replace(plan, workdir=tmp_path / "moved")
+    shutil.copytree(plan.workdir, moved.workdir)
+    assert routing.measure(moved, _found(moved), announce=_quiet) == content["routing"]
+    for arm in plan.configs:  # seed 1 is now what seed 2 was
+        shutil.rmtree(moved.path(arm, 1))
+        shutil.copytree(moved.path(arm, 2), moved.path(arm, 1))
+    again = routing.measure(moved, _found(moved), announce=_quiet)
+    assert again["good"]["matching"] > content["routing"]["good"]["matching"]
+    assert _traced(moved, 1) == ["12", "4"]  # the old ones are gone

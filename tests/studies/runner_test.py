@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import pathlib
 
 import jax
 import pytest
@@ -180,6 +181,24 @@ def test_the_embedded_corpus_is_made_once_for_all_runs(planted, tmp_path, monkey
             runner.share_data(tmp_path, path, config, _quiet)
         assert (path / "data").resolve() == tmp_path / "data"
         assert not (path / "data").readlink().is_absolute()  # the study can be moved
+
+
+def test_links_to_data_that_another_process_makes_at_the_same_time(planted, tmp_path, monkeypatch):
+    config = declaration.changed(planted.base["smoke"], {"data.path": "embedded"})
+    monkeypatch.setattr(runs, "open_data", lambda config, path, announce: None)
+    run = tmp_path / "good" / "seed_1"
+
+    def flock(file, operation):  # the other has made its link while we waited for the lock
+        (run / "data").symlink_to("../../data")
+
+    monkeypatch.setattr(runner.fcntl, "flock", flock)
+    runner.share_data(tmp_path, run, config, _quiet)
+    assert (run / "data").resolve() == tmp_path / "data"
+    runner.link_data(tmp_path / "study", tmp_path / "data")
+    monkeypatch.setattr(pathlib.Path, "exists", lambda path: False)  # nor had it one a moment ago
+    monkeypatch.setattr(pathlib.Path, "is_symlink", lambda path: False)
+    runner.link_data(tmp_path / "study", tmp_path / "data")
+    assert (tmp_path / "study" / "data").resolve() == tmp_path / "data"
 
 
 def _continuing(tiny_base, convert=None):

@@ -72,6 +72,16 @@ def test_the_estimate_counts_runs_in_common_once(finished, other, monkeypatch):
     assert other.config("mine", 1) in planned
 
 
+def test_the_estimate_leaves_out_what_other_studies_have_finished(finished, other, monkeypatch):
+    plan, _ = finished
+    folders = [plan.workdir, other.workdir]
+    monkeypatch.setattr(runner, "estimate", lambda plan, arm, seed: 1.0)
+    assert sharing.seconds_left(other, set(), folders) == 4
+    assert sharing.seconds_left(plan, set(), folders) == 0
+    sharing.adopt(other, folders)  # as many are left once the runs in common are links
+    assert sharing.seconds_left(other, set(), folders) == len(other.remaining) == 4
+
+
 @pytest.mark.slow
 def test_a_study_with_links_is_judged(finished, other):
     plan, _ = finished

@@ -52,6 +52,14 @@ def test_as_many_seeds_as_power_needs():
     assert statistics.seeds_to_decide(0.0, 0.5) is None
 
 
+@pytest.mark.parametrize("n", [2, 3, 40])
+def test_the_effect_that_seeds_show_is_what_takes_that_many(n):
+    effect = statistics.shown_effect(0.02, n)
+    assert statistics.power(effect, 0.02, n) == pytest.approx(statistics.POWER, abs=1e-4)
+    assert statistics.seeds_to_decide(effect, 0.02) == n
+    assert statistics.shown_effect(0.0, n) == 0
+
+
 def test_spread_is_pooled_within_groups():
     sd, freedom = statistics.pooled_sd([[0.0, 2.0], [101.0, 101.0, 104.0], [7.0]])
     assert freedom == 3 and sd == pytest.approx(math.sqrt((2 + 6) / 3))

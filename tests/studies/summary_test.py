@@ -11,8 +11,8 @@ KNOWN = {
 
 
 def _report(name, *outcomes, scale="laptop", protocol=None):
-    return {"study": name, "question": f"About {name}?", "scale": scale, "protocol": protocol,
-            "outcomes": list(outcomes)}  # fmt: skip
+    return {"study": name, "question": f"About {name}?", "scale": scale, "data": "embedded",
+            "protocol": protocol, "outcomes": list(outcomes)}  # fmt: skip
 
 
 def _outcome(**fields):
@@ -32,6 +32,8 @@ def test_a_study_that_was_not_run_stands_with_its_command():
     text = summary.markdown(rows)
     assert r"| first | Is a \| b? |" in text
     assert "| not run: `python -m run --study=first` |" in text
+    assert "Add --dry_run to see how long it takes" in text
+    assert all(line.count(" |") == 10 for line in text.splitlines()[:-2])
     assert "not run" not in summary.markdown(summary.rows([_report("x", _outcome())], {}))
 
 
@@ -43,9 +45,11 @@ def test_effects_ratios_and_seeds_are_those_of_the_report():
     )  # fmt: skip
     rows = summary.rows([_report("second", _outcome(), ratio, protocol={"seeds": [1]})], KNOWN)
     assert rows[1]["pilot"] and rows[2]["paper"] is None
-    line, other = summary.markdown(rows).splitlines()[3:]
+    line, other = summary.markdown(rows).splitlines()[3:5]
     assert "| -0.0312 | -0.0500 to -0.0124 | 3 | 2.6 against 2.7 | agrees with the paper |" in line
-    assert other.startswith("|  |  | laptop | new against old: tokens")  # its study stands above
+    assert other.startswith(
+        "|  |  | laptop | embedded | new against old: tokens"
+    )  # its study stands above
     assert "| 0.345 × | – | 1 | – | not decidable at this scale (about 17 seeds would) |" in other
 
 
@@ -61,6 +65,9 @@ def test_every_scale_and_unknown_studies_have_rows_of_their_own():
                      ("strange", "laptop")]  # fmt: skip
     assert (rows[-1]["effect"], rows[-1]["n"]) == (None, 0)
     assert summary.markdown(rows).count("About first?") == 2
+    other = _report("first", _outcome()) | {"data": "my|data"}  # at the same scale
+    text = summary.markdown(summary.rows([_report("first", _outcome()), other], KNOWN))
+    assert text.count("About first?") == 2 and r"| laptop | my\|data |" in text
 
 
 def test_files_are_read_and_written(tmp_path):
@@ -74,6 +81,20 @@ def test_files_are_read_and_written(tmp_path):
     assert (tmp_path / summary.TEXT).read_text() == summary.markdown(rows)
     page = (tmp_path / summary.PAGE).read_text()
     assert "1 of 2 studies run" in page and "It is lower." in page
-    (tmp_path / "second/report.json").write_text("[]")
-    with pytest.raises(ValueError, match="second/report.json: not the report.json of a study"):
-        summary.read(paths)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "not the report.json of a study"),
+        ("{", r"not the report.json of a study \(Expecting"),
+        (json.dumps({"study": "a", "outcomes": []}), "not the report.json of a study"),
+        (json.dumps(_report("a") | {"outcomes": {}}), "not the report.json of a study"),
+        (json.dumps(_report("a", _outcome(), {})), "outcome 1 is not as this version"),
+        (json.dumps(_report("a", _outcome(interval={"mean": 1}))), "outcome 0 is not as this"),
+    ],
+)
+def test_a_file_of_another_shape_is_refused_by_name(tmp_path, text, message):
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path}/report.json: {message}"):
+        summary.read([tmp_path / "report.json"])

@@ -1,12 +1,13 @@
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from olmoe_jax.studies import declaration, results, scales, verdict
+from olmoe_jax.studies import declaration, results, scales, statistics, verdict
 from tests.studies import synthetic
 
 
@@ -84,6 +85,9 @@ def test_undecided_says_how_many_seeds_would_decide(tmp_path):
     finding = verdict.judge(synthetic.outcome(), runs)
     assert finding.agreement == verdict.UNDECIDED and finding.seeds_needed > 4
     assert f"about {finding.seeds_needed} seeds" in finding.words
+    (shown,) = re.findall(r"with these 4, effects from about (.*?) nats per tok", finding.words)
+    power = statistics.power(float(shown), finding.interval.sd, 4)
+    assert power == pytest.approx(statistics.POWER, abs=0.01)
 
 
 def test_one_seed_has_no_interval_and_says_so(tmp_path):

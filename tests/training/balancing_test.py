@@ -9,6 +9,7 @@ import pytest
 
 from olmoe_jax import checkpoints, loading
 from olmoe_jax.training import balancing, loop, optimizer
+from olmoe_jax.training import step as step_lib
 from tests import oracles
 from tests.training import tiny
 
@@ -20,8 +21,8 @@ BIASED = {
 }
 
 
-def _bias(tree):
-    return np.asarray(tree["layers"]["block_0"]["moe"]["router_bias"])
+def _bias(tree, block="block_0"):
+    return np.asarray(tree["layers"][block]["moe"]["router_bias"])
 
 
 _random_params = tiny.random_params
@@ -102,21 +103,57 @@ def test_a_skewed_router_is_balanced_without_an_auxiliary_loss(monkeypatch):
     assert excess[GENTLE][1] < 0.4 * excess[0.0][1]
 
 
-def test_biases_are_kept_with_every_checkpoint_and_a_resumed_run_has_the_same(tmp_path, make_run):
-    run = make_run(model={"router_bias": True, "moe_every": 2}, training={"num_steps": 6})
+def test_layers_that_share_their_experts_have_biases_of_their_own():
+    shared = {"router_bias": True, "share_experts_across_layers": True}
+    config = tiny.make_config(**BIASED | {"model": shared})
+    before = _bias(tiny.random_params(config.model))
+    state, (metrics,), _ = tiny.after_steps(config, "one device", 1)
+    step = RATE * np.sign(1 / 8 - metrics["load"])
+    assert step.shape == (2, 8) and (step[0] != step[1]).any()
+    np.testing.assert_allclose(_bias(state["params"]), before + step, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "block", "dtype"),
+    [
+        ({"moe_every": 2}, "block_1", "float32"),
+        ({"share_experts_across_layers": True}, "block_0", "bfloat16"),
+    ],
+)
+def test_biases_are_kept_with_every_checkpoint_and_a_resumed_run_has_the_same(
+    tmp_path, make_run, model, block, dtype
+):
+    """In bfloat16 kept checkpoints round a bias by up to 1/256; where a run resumes it is exact."""
+    run = make_run(
+        model={"router_bias": True} | model, training={"num_steps": 6},
+        checkpoint={"interval": 3, "dtype": dtype},
+    )  # fmt: skip
     quiet = {"announce": lambda line: None}
     loop.train(run, tmp_path / "straight", **quiet)
     part = dataclasses.replace(run, training=dataclasses.replace(run.training, num_steps=3))
     loop.train(part, tmp_path / "parts", **quiet)
     loop.train(run, tmp_path / "parts", **quiet)
-    found = []
+    found, exact = [], []
     for workdir in ("straight", "parts"):
         kept = [checkpoints.read_params(path) for _, path in
                 checkpoints.list_checkpoints(tmp_path / workdir)]  # fmt: skip
-        found.append([np.asarray(p["layers"]["block_1"]["moe"]["router_bias"]) for p in kept])
-    assert [np.abs(b).max() for b in found[0]] == pytest.approx([0, 3e-3, 6e-3], rel=1e-4)
+        found.append([np.float32(p["layers"][block]["moe"]["router_bias"]) for p in kept])
+        exact.append(_bias(_last_state(tmp_path / workdir, run)["params"], block))
+    rounding = 1e-4 if dtype == "float32" else 1 / 256
+    assert [np.abs(b).max() for b in found[0]] == pytest.approx([0, 3e-3, 6e-3], rel=rounding)
+    assert np.abs(exact[0]).max() == pytest.approx(6e-3, rel=1e-4)
+    np.testing.assert_array_equal(*exact)
     for one, other in zip(*found, strict=True):
         np.testing.assert_array_equal(one, other)
-    model, params = loading.load(tmp_path / "parts")
-    assert model.config.router_bias
-    np.testing.assert_array_equal(params["layers"]["block_1"]["moe"]["router_bias"], found[0][-1])
+    loaded, params = loading.load(tmp_path / "parts")
+    assert loaded.config.router_bias
+    np.testing.assert_array_equal(params["layers"][block]["moe"]["router_bias"], found[0][-1])
+
+
+def _last_state(workdir, config):
+    """The train state that a run would resume from."""
+    init = functools.partial(step_lib.init_state, config=config)
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    steps = {checkpoints.parse_name(path.name): path for path in (workdir / "resume").iterdir()}
+    newest = steps[max(step for step in steps if step is not None)]
+    return checkpoints.read_state(newest, abstract, config.model)
