@@ -62,7 +62,7 @@ its 95 % interval over documents, null where documents are not known. NaN is nul
     contrasts: {muted | excluded: {own, control, elsewhere: EST, mean change of a domain's loss by
       its own experts, by random ones, and of the other domains by the former; beyond_control,
       beyond_elsewhere: EST, the differences; control_p, elsewhere_p: share of sign flips over
-      experts that reach them}}
+      experts that reach them; control_pairs, elsewhere_pairs: over how many}}
     interventions: [{kind: muted, excluded or uniform; layer: null for all; expert; chosen:
       [{domain, as: own or control}]; domains: {domain: {change: EST, share of its tokens}}}]
   model_comparison.json
