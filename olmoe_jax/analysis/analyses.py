@@ -95,6 +95,8 @@ def find(recordings, *, total_steps=None, decode=None, definition="paper", settl
         notes.append("vocabulary specialisation: not in this source, which does not know tokens")
     elif len(known.info.domain) < len(pooled.info.domain):
         notes.append(f"vocabulary specialisation: of {known.info.domain} only")
+    if tokens and decode is None:
+        notes.append("tokens are given by their numbers: no tokenizer of this model was named")
     if settled is not None:
         pass
     elif len(recordings) > 1 and all(one.traces for one in recordings):

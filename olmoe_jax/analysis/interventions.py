@@ -13,8 +13,8 @@ control as many experts drawn at random from the same layers:
 The result is the change of the loss, nats per token, on every domain. Two kinds of chance are kept
 apart. Other documents: intervals are of documents drawn anew, the same for both sides of a
 difference. Other experts: few were tried, so the signs of their differences are flipped in all
-ways; a difference counts as more than chance if both agree. Fewer than LEAST differences cannot: the
-sign pattern that was seen is too large a share of all.
+ways; a difference counts as more than chance if both agree. Of fewer than LEAST experts it never
+does: the pattern that was seen is too large a share of all.
 """
 
 import dataclasses

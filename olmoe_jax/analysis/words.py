@@ -222,8 +222,8 @@ def caused(result) -> tuple[str, ...]:
     changes = result.change.value.mean(1)
     most, least = max(single, key=changes.__getitem__), min(single, key=changes.__getitem__)
     sentence = (
-        f"With experts drawn at random in all layers the loss changes by {changes[uniform[0]]:+.2g} "
-        "nats per token"
+        "With experts drawn at random in all layers the loss changes by "
+        f"{changes[uniform[0]]:+.2g} nats per token"
     )
     if most != least:
         where = [chosen.layers[chosen.interventions[i].layer] for i in (most, least)]
@@ -235,14 +235,16 @@ def caused(result) -> tuple[str, ...]:
 
 
 def _verdict(beyond, p_value, pairs):
-    """Whether the experts' own effect is more than what it is held against, where that can be said."""
+    """Whether the own effect is more than what it is held against, where that can be said."""
     if beyond is None:
         return ""
     if beyond.low is None:
         return "not to be told from chance, as a domain has one document"
     if pairs < interventions.LEAST:
         tried = "1 expert" if pairs == 1 else f"{pairs} experts"
-        return f"not to be told from chance with {tried} (at least {interventions.LEAST} are needed)"
+        return (
+            f"not to be told from chance with {tried} (at least {interventions.LEAST} are needed)"
+        )
     return "less" if interventions.is_beyond(beyond, p_value) else "no better than chance"
 
 
