@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from olmoe_jax import reporting
-from olmoe_jax.analysis import analyses, page, results
+from olmoe_jax.analysis import analyses, counts, page, results
 from olmoe_jax.analysis.page import tokens, training
 from tests.analysis import synthetic
 
@@ -107,6 +107,19 @@ def test_one_checkpoint_without_tokens_and_pairs_has_a_page_too(found):
     titles = [block.title for block in page.build({"m": bare})]
     assert not any("saturation" in t or "token of" in t or "search" in t for t in titles)
     assert not any("over training" in t for t in titles)
+
+
+def test_what_a_model_or_text_does_not_have_is_a_note():
+    one_expert = analyses.find(synthetic.recordings(k=1))
+    assert "co-activation: each token goes to one expert" in one_expert.notes
+    assert any("tokens are given by their numbers" in note for note in one_expert.notes)
+    traces = {"books": synthetic.make_trace(tokens=9, documents=2, checkpoint="step1", step=1)}
+    parts = {name: counts.count(one) for name, one in traces.items()}
+    few = analyses.find([analyses.Recording(parts, traces)])
+    assert not few.vocabulary and any("no token occurs 10 times" in n for n in few.notes)
+    for found in (one_expert, few):
+        titles = [block.title for block in page.build({"m": found})]
+        assert titles[0] == "m" and titles[-1] == "Notes"
 
 
 def test_training_is_measured_in_what_is_known():
