@@ -185,6 +185,8 @@ def _check_flags():
         raise ValueError(f"--interventions={_INTERVENTIONS.value}: must be 0 or more")
     if _INTERVENTION_TOKENS.present and not _INTERVENTIONS.value:
         raise ValueError("--intervention_tokens has no effect without --interventions")
+    if _INTERVENTION_TOKENS.value < 2:
+        raise ValueError(f"--intervention_tokens={_INTERVENTION_TOKENS.value}: must be 2 or more")
 
 
 def _read_dumps():
@@ -271,7 +273,7 @@ def _route_prompts():
 
 def _record(output):
     """({model: Recordings}, {model: _Recorded})."""
-    from olmoe_jax.analysis import intervening, interventions, sessions, suites
+    from olmoe_jax.analysis import intervening, sessions, suites
 
     found = {}
     for directory in _MODEL.value:
@@ -283,19 +285,35 @@ def _record(output):
     models, recorded = {}, {}
     for name, every in found.items():
         tokenizer, texts = _texts(every[-1])
-        if number := _INTERVENTIONS.value:
+        if _INTERVENTIONS.value:
             intervening.open_job(every[-1], texts, precision=_PRECISION.value)  # or refuses
-            if number < (enough := interventions.enough(len(texts))):
-                _announce(
-                    f"note: --interventions={number} of {len(texts)} domains: too few experts to "
-                    f"tell an effect from chance; --interventions={enough} would do"
-                )
+            for line in _doubts(texts):
+                _announce(line)
         models[name], settled = sessions.record(
             every, texts, output / (TRACES if _KEEP.value else UNKEPT) / name, keep=_KEEP.value,
             total_steps=_TOTAL_STEPS.value, precision=_PRECISION.value, announce=_announce,
         )  # fmt: skip
         recorded[name] = _Recorded(every, texts, tokenizer, settled)
     return models, recorded
+
+
+def _doubts(texts):
+    """Why effects of interventions on these texts could not be told from chance."""
+    from olmoe_jax.analysis import interventions
+
+    number, enough = _INTERVENTIONS.value, interventions.enough(len(texts))
+    if number < enough:
+        domains = "one domain" if len(texts) == 1 else f"each of {len(texts)} domains"
+        yield (
+            f"note: --interventions={number} in {domains}: too few experts to tell an effect from "
+            f"chance; --interventions={enough} would do"
+        )
+    single = [one.domain for one in texts if one.documents[: _INTERVENTION_TOKENS.value][-1] == 0]
+    if single:
+        yield (
+            f"note: one document in {', '.join(single)}: effects of interventions cannot be told "
+            "from chance; take more text (in files of text a line <|endoftext|> ends a document)"
+        )
 
 
 def _announce(line):

@@ -96,8 +96,11 @@ def find(recordings, *, total_steps=None, decode=None, definition="paper", settl
     if known is not None:
         try:
             tokens = vocabulary.vocabulary(known)
-        except ValueError as error:  # no token is frequent enough; all else can be found
-            notes.append(f"vocabulary specialisation: {error}")
+        except ValueError:  # all else can be found
+            notes.append(
+                f"vocabulary specialisation: no token occurs {vocabulary.MIN_COUNT} times; take "
+                "more text"
+            )
     if known is None:
         notes.append("vocabulary specialisation: not in this source, which does not know tokens")
     elif len(known.info.domain) < len(pooled.info.domain):

@@ -69,8 +69,9 @@ def test_one_command_records_analyses_and_reports(suite, tmp_path):
     pictures = {path.name for path in (output / "figures").iterdir()}
     assert {f"olmoe_router_saturation_over_layers.{e}" for e in ("png", "svg", "csv")} <= pictures
     assert "interventions: " in out and "runs of 120 tokens" in out
-    assert "note: --interventions=1 of 2 domains: too few" in out and "=3 would do" in out
-    assert "with 2 experts (at least 6 are needed)" in out
+    assert "=1 in each of 2 domains: too few experts" in out and "=3 would do" in out
+    assert "note: one document in code, prose: effects" in out
+    assert "not to be told from chance, as a domain has one document" in out
     effects = json.loads((output / "interventions.json").read_text())
     assert effects["weights_renormalised"] is False and effects["domains"]["code"]["tokens"] < 60
     siblings = json.loads((output / "expert_siblings.json").read_text())["checkpoints"]
@@ -100,6 +101,7 @@ def test_one_command_records_analyses_and_reports(suite, tmp_path):
         (("--routing_dump=x", "--total_steps=9"), "has one checkpoint"),
         (("--model=HERE", "--data=x.txt", "--split=train"), "needs prepared --data"),
         (("--model=HERE", "--intervention_tokens=9"), "no effect without --interventions"),
+        (("--model=HERE", "--interventions=1", "--intervention_tokens=1"), "must be 2 or more"),
         (("--model=HERE", "--export=csv", "--nokeep_traces"), "that --nokeep_traces deletes"),
         (("--model=HERE", "--tokenizer=gpt=t.json"), "--tokenizer=gpt=…: no such model; there are"),
         (("--routing_dump=x", "--export=csv"), "which has no traces"),
