@@ -14,14 +14,13 @@ neither recorded nor counted again. --traces: what other programs recorded, a do
 without the N experts that stand out most in each domain. --prompt="a text" shows the experts of
 each of its tokens.
 OUTPUT/report.html shows what was found, OUTPUT/figures/ holds its charts as pictures and CSV; the
-numbers are in JSON files, which `olmoe_jax/analysis/results.py` explains. A stopped run goes on
-with the same command.
+numbers are in JSON files, which `olmoe_jax/analysis/results.py` explains. They take the place of
+a former run's. A stopped run goes on with the same command.
 """
 
 import dataclasses
 import os
 import pathlib
-import shutil
 
 from absl import flags
 
@@ -59,7 +58,10 @@ _PRECISION = flags.DEFINE_enum(
     "Of the router's product: bfloat16 is what a Hugging Face model in bfloat16 does.",
 )  # fmt: skip
 _KEEP = flags.DEFINE_bool(
-    "keep_traces", True, "Keep every token's experts; if not, they are deleted once counted."
+    "keep_traces",
+    True,
+    "Keep every token's experts; if not, those of a checkpoint are deleted "
+    "once it is counted, and a stopped run goes on from the counts; at the end all are deleted.",
 )
 _TOTAL_STEPS = flags.DEFINE_integer(
     "total_steps", None, "Of the whole training, if it went on behind the last checkpoint."
@@ -72,7 +74,8 @@ _PROMPT = flags.DEFINE_multi_string(
 )
 _INTERVENTIONS = flags.DEFINE_integer(
     "interventions", 0, "Experts per domain that are muted and routed around, to see what the loss "
-    "becomes; as many random ones beside them; and random routing. 0: none."
+    "becomes; as many random ones beside them; and random routing. It takes 6 experts over all "
+    "domains to tell an effect from chance. 0: none."
 )  # fmt: skip
 _INTERVENTION_TOKENS = flags.DEFINE_integer(
     "intervention_tokens", 16_384, "Of each domain, on which interventions are measured."
@@ -87,26 +90,26 @@ _NO_TOKENIZER = "{} has no tokenizer: name its tokenizer.json with --tokenizer"
 
 TRACES, UNKEPT = "traces", "traces.unkept"  # folders of the output
 
+# Flags that only one source, or every source but one, has a use for.
+_ONLY_WITH = {
+    "model": (
+        "data", "split", "context_length", "max_tokens", "precision", "keep_traces", "prompt",
+        "interventions", "intervention_tokens",
+    ),
+    "traces": ("num_experts", "num_experts_per_token", "trace_scores"),
+}  # fmt: skip
+_NOT_WITH_DUMPS = {
+    "export": "has no traces",
+    "total_steps": "has one checkpoint",
+    "coactivation": "has no pairs of experts",
+}
+
 
 def main(argv):
     """Flags → recordings → analyses → files and words."""
     del argv
-    if sum(one is not None for one in (_MODEL.value, _DUMP.value, _TRACES.value)) != 1:
-        raise ValueError("give --model with --data, or --routing_dump, or --traces")
-    if _MODEL.value is None and _DATA.value is not None:
-        source = "--traces need" if _DUMP.value is None else "--routing_dump needs"
-        raise ValueError(f"--data says which text a --model is to read: {source} none")
-    if _EXPORT.value and (_DUMP.value is not None or not _KEEP.value):
-        raise ValueError("--export needs traces: a --model with --keep_traces, or --traces")
-    if _PROMPT.value and _MODEL.value is None:
-        raise ValueError(
-            "--prompt needs a --model to read it: --routing_dump and --traces have none"
-        )
-    if _INTERVENTIONS.value < 0:
-        raise ValueError(f"--interventions={_INTERVENTIONS.value}: must be 0 or more")
-    if _INTERVENTIONS.value and _MODEL.value is None:
-        raise ValueError("--interventions run the model: they need --model")
-    from olmoe_jax.analysis import analyses, gathered, page, prompt, results
+    _check_flags()
+    from olmoe_jax.analysis import analyses, gathered, page, prompt, results, sessions
 
     output = pathlib.Path(os.path.expanduser(_OUTPUT.value))
     prompts, recorded = _route_prompts(), {}
@@ -128,6 +131,8 @@ def main(argv):
         )  # fmt: skip
         if _INTERVENTIONS.value:
             found[name] = _intervene(found[name], recorded[name])
+    results.clear(output, models)
+    page.clear(output)
     last = {name: recordings[-1].traces for name, recordings in models.items()}
     weights = {name: one.checkpoints[-1].path for name, one in recorded.items()}
     between = analyses.write_all(found, output, traces=last, weights=weights)
@@ -141,7 +146,7 @@ def main(argv):
         },
         "between": between,
     }
-    results.write(output / "summary.json", content)
+    results.write(output / f"{results.SUMMARY}.json", content)
     for name, routed in prompts.items():
         folder = output / name if len(models) > 1 else output
         results.write(folder / "prompt.json", prompt.to_json(routed))
@@ -154,9 +159,34 @@ def main(argv):
         page.write(output, found, between, prompts=prompts)
         print(f"page: {output / page.PATH}")
     print(f"numbers: {output}")
-    if not _KEEP.value:
-        shutil.rmtree(output / UNKEPT, ignore_errors=True)
     app.write_json(content)
+    if not _KEEP.value:
+        sessions.delete(output / UNKEPT)
+
+
+def _check_flags():
+    """Refuses flags that contradict each other, and those that would be passed over."""
+    sources = [one for one in ("model", "routing_dump", "traces") if flags.FLAGS[one].present]
+    if len(sources) != 1:
+        raise ValueError("give --model with --data, or --routing_dump, or --traces")
+    (source,) = sources
+    for needed, names in _ONLY_WITH.items():
+        for name in names if needed != source else ():
+            if flags.FLAGS[name].present:
+                raise ValueError(f"--{name} has no effect with --{source}: it needs --{needed}")
+    for name, why in _NOT_WITH_DUMPS.items() if source == "routing_dump" else ():
+        if flags.FLAGS[name].present:
+            raise ValueError(f"--{name} has no effect with --routing_dump, which {why}")
+    if _EXPORT.value and not _KEEP.value:
+        raise ValueError("--export needs the traces that --nokeep_traces deletes")
+    if _SPLIT.present and _DATA.value is not None and not _is_prepared(_DATA.value):
+        raise ValueError("--split has no effect on files of text: it needs prepared --data")
+    if _INTERVENTIONS.value < 0:
+        raise ValueError(f"--interventions={_INTERVENTIONS.value}: must be 0 or more")
+    if _INTERVENTION_TOKENS.present and not _INTERVENTIONS.value:
+        raise ValueError("--intervention_tokens has no effect without --interventions")
+    if _INTERVENTION_TOKENS.value < 2:
+        raise ValueError(f"--intervention_tokens={_INTERVENTION_TOKENS.value}: must be 2 or more")
 
 
 def _read_dumps():
@@ -257,12 +287,33 @@ def _record(output):
         tokenizer, texts = _texts(every[-1])
         if _INTERVENTIONS.value:
             intervening.open_job(every[-1], texts, precision=_PRECISION.value)  # or refuses
+            for line in _doubts(texts):
+                _announce(line)
         models[name], settled = sessions.record(
             every, texts, output / (TRACES if _KEEP.value else UNKEPT) / name, keep=_KEEP.value,
             total_steps=_TOTAL_STEPS.value, precision=_PRECISION.value, announce=_announce,
         )  # fmt: skip
         recorded[name] = _Recorded(every, texts, tokenizer, settled)
     return models, recorded
+
+
+def _doubts(texts):
+    """Why effects of interventions on these texts could not be told from chance."""
+    from olmoe_jax.analysis import interventions
+
+    number, enough = _INTERVENTIONS.value, interventions.enough(len(texts))
+    if number < enough:
+        domains = "one domain" if len(texts) == 1 else f"each of {len(texts)} domains"
+        yield (
+            f"note: --interventions={number} in {domains}: too few experts to tell an effect from "
+            f"chance; --interventions={enough} would do"
+        )
+    single = [one.domain for one in texts if one.documents[: _INTERVENTION_TOKENS.value][-1] == 0]
+    if single:
+        yield (
+            f"note: one document in {', '.join(single)}: effects of interventions cannot be told "
+            "from chance; take more text (in files of text a line <|endoftext|> ends a document)"
+        )
 
 
 def _announce(line):
@@ -292,12 +343,17 @@ def _texts(checkpoint):
     }
     tokenizer = _tokenizer(checkpoint)
     data = _DATA.value or [_data_of_run()]
-    if len(data) == 1 and os.path.isdir(os.path.expanduser(data[0])):
+    if _is_prepared(data):
         found = texts.from_prepared(data[0], split=_SPLIT.value, **limits)
         return tokenizer or found[0].tokenizer, found
     if tokenizer is None:
         raise ValueError(_NO_TOKENIZER.format(checkpoint.path))
     return tokenizer, texts.from_files(data, tokenizer, **limits)
+
+
+def _is_prepared(data):
+    """Whether --data is a folder; else it is files of text."""
+    return len(data) == 1 and os.path.isdir(os.path.expanduser(data[0]))
 
 
 def _tokenizer(checkpoint):

@@ -84,17 +84,29 @@ def find(recordings, *, total_steps=None, decode=None, definition="paper", settl
     by_domain = domains.specialisation(parts)
     together = load.load(pooled)
     pairs = None
-    if pooled.pairs is None and pooled.adjacent is None:
+    if pooled.info.num_experts_per_token < 2:
+        notes.append("co-activation: each token goes to one expert")
+    elif pooled.pairs is None or pooled.adjacent is None:
         notes.append("co-activation: not in this source, which has no pairs of experts")
     else:
         pairs = coactivation.coactivation(pooled, definition=definition)
     known = [part for part in parts if part.vocabulary]
     known = counts.pool(known) if len(known) > 1 else known[0] if known else None
-    tokens = {} if known is None else vocabulary.vocabulary(known)
+    tokens = {}
+    if known is not None:
+        try:
+            tokens = vocabulary.vocabulary(known)
+        except ValueError:  # all else can be found
+            notes.append(
+                f"vocabulary specialisation: no token occurs {vocabulary.MIN_COUNT} times; take "
+                "more text"
+            )
     if known is None:
         notes.append("vocabulary specialisation: not in this source, which does not know tokens")
     elif len(known.info.domain) < len(pooled.info.domain):
         notes.append(f"vocabulary specialisation: of {known.info.domain} only")
+    if tokens and decode is None:
+        notes.append("tokens are given by their numbers: no tokenizer of this model was named")
     if settled is not None:
         pass
     elif len(recordings) > 1 and all(one.traces for one in recordings):

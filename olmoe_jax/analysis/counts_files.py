@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import pathlib
-import zipfile
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from olmoe_jax.analysis import counts as counts_lib
 from olmoe_jax.analysis import tallies, trace, trace_files
 
 NAME = "counts.npz"  # in the directory of the trace that was counted
-_FORMAT = 1
+_FORMAT = 2
 
 
 def of_trace(source, *, vocabulary=True) -> counts_lib.Counts:
@@ -52,15 +51,15 @@ def _key(source):
 def save(path, counts, *, key="") -> None:
     """Writes Counts, whole or not at all.
 
-    Members: "about" (JSON: format, info, folds, path_layers, `key`: what they are of), the arrays
-    by their names, and tallies as vocabulary/KIND/RANK/LAYER/{keys,counts} and
-    occurrences/KIND/{keys,counts}.
+    Members: "about" (JSON: format, info, folds, path_layers, `key`: what they are of, the number of
+    arrays: a damaged zip may hide some), the arrays by their names, and tallies as
+    vocabulary/KIND/RANK/LAYER/{keys,counts} and occurrences/KIND/{keys,counts}.
     """
     about = {"format": _FORMAT, "info": dataclasses.asdict(counts.info), "folds": counts.folds}
     about["path_layers"] = counts.path_layers
     about["key"] = key
     about["words"] = counts.vocabulary is not None
-    arrays = {"about": np.array(json.dumps(about))}
+    arrays = {}
     for field in dataclasses.fields(counts_lib.Counts):
         value = getattr(counts, field.name)
         if isinstance(value, np.ndarray):
@@ -70,6 +69,8 @@ def save(path, counts, *, key="") -> None:
             _put(arrays, f"vocabulary/{kind}/{rank}/{layer}", tally)
     for kind, tally in (counts.occurrences or {}).items():
         _put(arrays, f"occurrences/{kind}", tally)
+    about["arrays"] = len(arrays)
+    arrays["about"] = np.array(json.dumps(about))
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -98,9 +99,14 @@ def _read(path):
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         about = json.loads(str(arrays.pop("about")))
-        assert about["format"] == _FORMAT
-    except (ValueError, KeyError, AssertionError, OSError, zipfile.BadZipFile) as error:
+        if about["format"] != _FORMAT or about["arrays"] != len(arrays):
+            raise ValueError(f"format {about['format']}, {len(arrays)} arrays")
+        return _from_arrays(about, arrays), about["key"]
+    except Exception as error:  # a damaged zip raises nearly anything
         raise ValueError(f"{path}: not a file of routing counts (format {_FORMAT})") from error
+
+
+def _from_arrays(about, arrays):
     info = about["info"]
     for name in ("layers", "near_ties"):
         info[name] = tuple(info[name])
@@ -119,12 +125,11 @@ def _read(path):
                     _get(arrays, f"vocabulary/{rest[0]}/{rest[1]}/{layer}")
                     for layer in range(len(info["layers"]))
                 )
-    found = counts_lib.Counts(
+    return counts_lib.Counts(
         info=trace.TraceInfo(**info), folds=about["folds"],
         path_layers=tuple(tuple(pair) for pair in about["path_layers"]),
         vocabulary=vocabulary, occurrences=occurrences, **values,
     )  # fmt: skip
-    return found, about.get("key", "")
 
 
 def _put(arrays, name, tally):

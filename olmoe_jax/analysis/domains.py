@@ -194,8 +194,13 @@ def _notes(parts):
     if any(part.group_tokens is None for part in parts):
         notes.append("the source does not tell documents apart: no intervals, no permutations")
         return tuple(notes)
-    few = [p.info.domain for p in parts if (p.group_tokens > 0).sum() < 10]
-    if few:
+    held = {part.info.domain: int((part.group_tokens > 0).sum()) for part in parts}
+    if single := [domain for domain, count in held.items() if count == 1]:
+        notes.append(
+            f"one document in {', '.join(single)}: no intervals, no permutations (in files of text "
+            "a line <|endoftext|> ends a document)"
+        )
+    if few := [domain for domain, count in held.items() if 1 < count < 10]:
         notes.append(f"fewer than 10 documents in {', '.join(few)}: intervals are rough")
     return tuple(notes)
 

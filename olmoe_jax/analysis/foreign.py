@@ -103,11 +103,12 @@ def _probabilities(scores, are_probabilities, where):
     if look_like and not are_probabilities:
         raise ValueError(
             f"{where}: router_logits are probabilities: no value is negative and every row sums to "
-            "1; their softmax would be nearly uniform; give probabilities=True, or the logits"
+            "1; their softmax would be nearly uniform; give the logits, or say that these are "
+            "probabilities (--trace_scores=probabilities)"
         )
     if are_probabilities and not look_like:
         raise ValueError(
-            f"{where}: with probabilities=True rows must sum to 1; these sum to {sums.min():.3g}.."
+            f"{where}: rows of probabilities must sum to 1; these sum to {sums.min():.3g}.."
             f"{sums.max():.3g}"
         )
     if are_probabilities:

@@ -13,11 +13,13 @@ control as many experts drawn at random from the same layers:
 The result is the change of the loss, nats per token, on every domain. Two kinds of chance are kept
 apart. Other documents: intervals are of documents drawn anew, the same for both sides of a
 difference. Other experts: few were tried, so the signs of their differences are flipped in all
-ways; a difference counts as more than chance if both agree.
+ways; a difference counts as more than chance if both agree. Of fewer than LEAST experts it never
+does: the pattern that was seen is too large a share of all.
 """
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 
@@ -26,6 +28,7 @@ from olmoe_jax.analysis import counts, resampling
 
 MUTED, EXCLUDED, UNIFORM = "muted", "excluded", "uniform"
 SURE = 0.025  # share of sign flips up to which a difference is called more than chance
+LEAST = math.ceil(-math.log2(SURE))  # 6: of fewer differences even the largest share is above SURE
 _EXACT = 12  # differences of which all 2^n signs are tried
 
 
@@ -117,10 +120,12 @@ class Losses:
     Attributes:
       tokens: float64 [groups], that have a next token.
       sums: float64 [groups, 1 + interventions], of their losses; first without intervention.
+      documents: that hold such tokens; a group may be of several.
     """
 
     tokens: np.ndarray
     sums: np.ndarray
+    documents: int
 
     @classmethod
     def of(cls, documents, losses):
@@ -131,7 +136,8 @@ class Losses:
         sums = np.stack(
             [np.bincount(group[known], row[known], minlength=counts.GROUPS) for row in losses], 1
         )
-        return cls(tokens=tokens[tokens > 0], sums=sums[tokens > 0])
+        held = len(np.unique(documents[known]))
+        return cls(tokens=tokens[tokens > 0], sums=sums[tokens > 0], documents=held)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,6 +150,7 @@ class Contrast:
       beyond_control, beyond_elsewhere: Estimate, own − control (pairs that have one) and own −
         elsewhere; None where there is nothing to compare with.
       control_p, elsewhere_p: share of sign flips over experts whose mean is as large.
+      control_pairs, elsewhere_pairs: how many experts the two were computed from.
     """
 
     own: resampling.Estimate
@@ -153,6 +160,8 @@ class Contrast:
     beyond_elsewhere: resampling.Estimate | None
     control_p: float
     elsewhere_p: float
+    control_pairs: int
+    elsewhere_pairs: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,7 +203,7 @@ def effects(chosen, losses, *, renormalised, seed=0) -> Effects:
     return Effects(
         plan=chosen, renormalised=renormalised,
         tokens=tuple(int(one.tokens.sum()) for one in losses),
-        documents=tuple(len(one.tokens) for one in losses),
+        documents=tuple(one.documents for one in losses),
         baseline=_estimate(value[:, 0], None if draws is None else draws[..., 0]),
         change=_estimate(change.T, None if changes is None else changes.swapaxes(1, 2)),
         contrasts={k: _contrast(chosen, k, change, changes, seed) for k in (MUTED, EXCLUDED)},
@@ -252,7 +261,17 @@ def _contrast(chosen, kind, change, changes, seed):
         beyond_elsewhere=mean(beyond_elsewhere) if many else None,
         control_p=sign_flips(beyond_control(change), seed=seed) if paired else 1.0,
         elsewhere_p=sign_flips(beyond_elsewhere(change), seed=seed) if many else 1.0,
+        control_pairs=len(paired), elsewhere_pairs=len(rows) if many else 0,
     )  # fmt: skip
+
+
+def enough(num_domains) -> int:
+    """Experts per domain from which a difference can be told from chance.
+
+    >>> enough(1), enough(4)
+    (6, 2)
+    """
+    return -(-LEAST // num_domains)
 
 
 def sign_flips(differences, *, draws=10_000, seed=0) -> float:

@@ -115,6 +115,20 @@ def open_job(model, texts, *, dtype="float32", precision="float32", tokens_per_b
     )
 
 
+def identity(model, texts, **options) -> list:
+    """What decides the traces that `record` makes of a model's texts: JSON values.
+
+    Args:
+      model, texts: as of `record`.
+      options: of `record`; those that change no trace are passed over.
+    """
+    texts = list(texts)
+    kept = {name: options[name] for name in ("dtype", "precision") if name in options}
+    job = open_job(model, texts, **kept)
+    infos = [dataclasses.asdict(_info(text, job)) for text in texts]
+    return [job.identity()["contents"], infos]
+
+
 def _check_model(config, path):
     if not config.num_moe_layers:
         raise ValueError(f"{path}: a dense model, which routes nothing; expected a MoE")

@@ -62,7 +62,7 @@ its 95 % interval over documents, null where documents are not known. NaN is nul
     contrasts: {muted | excluded: {own, control, elsewhere: EST, mean change of a domain's loss by
       its own experts, by random ones, and of the other domains by the former; beyond_control,
       beyond_elsewhere: EST, the differences; control_p, elsewhere_p: share of sign flips over
-      experts that reach them}}
+      experts that reach them; control_pairs, elsewhere_pairs: over how many}}
     interventions: [{kind: muted, excluded or uniform; layer: null for all; expert; chosen:
       [{domain, as: own or control}]; domains: {domain: {change: EST, share of its tokens}}}]
   model_comparison.json
@@ -70,6 +70,7 @@ its 95 % interval over documents, null where documents are not known. NaN is nul
       differences: {"b − a": {depth, value, low, high}}}}
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -79,6 +80,12 @@ import pathlib
 import numpy as np
 
 DIGITS = 6
+NAMES = (
+    "router_saturation", "coactivation", "domain_specialisation", "domain_information",
+    "expert_paths", "vocabulary_specialisation", "expert_tokens", "load", "expert_matching",
+    "expert_matching_*", "prompt", "expert_siblings", "interventions", "model_comparison",
+)  # fmt: skip
+SUMMARY = "summary"
 
 
 def plain(value):
@@ -96,6 +103,26 @@ def plain(value):
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     return value
+
+
+def clear(output, models=()) -> None:
+    """Removes the JSON files of a former run from a directory and from the folders of models in it.
+
+    Args:
+      output: the directory.
+      models: names beside those of the former run's summary.
+    """
+    output, former = pathlib.Path(output), ()
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        former = tuple(json.loads((output / f"{SUMMARY}.json").read_text())["models"])
+    names = {name for name in (*models, *former) if pathlib.Path(name).name == name}
+    for folder in (*(output / name for name in sorted(names)), output):
+        for name in (*NAMES, SUMMARY):
+            for path in folder.glob(f"{name}.json"):
+                path.unlink()
+        with contextlib.suppress(OSError):  # is not empty, or not there
+            if folder != output:
+                folder.rmdir()
 
 
 def write(path, value) -> None:

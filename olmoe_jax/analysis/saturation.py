@@ -165,17 +165,34 @@ class Follower:
         self._last, self._previous = list(last), None
         self._infos, self._final, self._neighbours = [], [], []
 
-    def add(self, traces):
+    def add(self, traces) -> tuple[Overlap, Overlap | None]:
         """The next checkpoint, in order of training; domains as of the last one.
 
+        Returns:
+          its Overlap with the last one, and that of the one before, if any, with it.
         Raises:
           ValueError: the traces are of other data, layers or experts.
         """
-        traces = list(traces)
-        self._infos.append(traces[0].info)
-        self._final.append(_agreement(traces, self._last))
-        if self._previous is not None:
-            self._neighbours.append(_agreement(self._previous, traces))
+        traces, before = list(traces), self._previous
+        overlaps = (
+            _agreement(traces, self._last), None if before is None else _agreement(before, traces)
+        )  # fmt: skip
+        self.add_known(traces[0].info, overlaps, traces)
+        return overlaps
+
+    def add_known(self, info, overlaps, traces=None):
+        """The next checkpoint, if `add` was told of it in an earlier run.
+
+        Args:
+          info: TraceInfo of its first domain.
+          overlaps: what `add` returned.
+          traces: as of `add`; not needed where the next one is known, too.
+        """
+        final, neighbour = overlaps
+        self._infos.append(info)
+        self._final.append(final)
+        if neighbour is not None:
+            self._neighbours.append(neighbour)
         self._previous = traces
 
     def result(self, *, total_steps=None, seed=0) -> Saturation:

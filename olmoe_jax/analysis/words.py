@@ -171,7 +171,7 @@ def worded(counts, found, *, min_count=vocabulary.MIN_COUNT, decode=None) -> tup
             out.append(
                 f"The clearest such expert is {star.expert} of layer {layers[star.layer]}: it "
                 f"takes {_percent(star.word.share)} of the {name} token {token} "
-                f"({star.word.count} times)."
+                f"({star.word.count:,} times)."
             )
     return tuple(out)
 
@@ -204,19 +204,14 @@ def caused(result) -> tuple[str, ...]:
             f"{verb} one of the experts that stand out in a domain{remark} changes its loss by "
             f"{_nats(one.own)} on average"
         )
-        for against, name, beyond, p_value in (
-            (one.control, "random experts of the same layers", one.beyond_control, one.control_p),
-            (one.elsewhere, "the same experts in the other domains", one.beyond_elsewhere,
-             one.elsewhere_p),
+        for against, name, verdict in (
+            (one.control, "random experts of the same layers",
+             _verdict(one.beyond_control, one.control_p, one.control_pairs)),
+            (one.elsewhere, "the same experts in the other domains",
+             _verdict(one.beyond_elsewhere, one.elsewhere_p, one.elsewhere_pairs)),
         ):  # fmt: skip
-            if against is None:
-                continue
-            verdict = (
-                "less" if interventions.is_beyond(beyond, p_value) else "no better than chance"
-            )
-            if beyond.low is None:
-                verdict = "not to be told from chance, as a domain has one document"
-            sentence += f"; {name}: {_nats(against)}, {verdict}"
+            if against is not None:
+                sentence += f"; {name}: {_nats(against)}, {verdict}"
         out.append(f"{sentence}.")
     chosen = result.plan
     uniform = [i for i, one in enumerate(chosen.interventions) if one.layer is None]
@@ -227,16 +222,30 @@ def caused(result) -> tuple[str, ...]:
     changes = result.change.value.mean(1)
     most, least = max(single, key=changes.__getitem__), min(single, key=changes.__getitem__)
     sentence = (
-        f"With experts drawn at random in all layers the loss rises by {changes[uniform[0]]:.2g} "
-        "nats per token"
+        "With experts drawn at random in all layers the loss changes by "
+        f"{changes[uniform[0]]:+.2g} nats per token"
     )
     if most != least:
         where = [chosen.layers[chosen.interventions[i].layer] for i in (most, least)]
         sentence += (
-            f", in one layer by {changes[most]:.2g} (layer {where[0]}) to {changes[least]:.2g} "
+            f", in one layer by {changes[most]:+.2g} (layer {where[0]}) to {changes[least]:+.2g} "
             f"(layer {where[1]})"
         )
     return (*out, f"{sentence}.")
+
+
+def _verdict(beyond, p_value, pairs):
+    """Whether the own effect is more than what it is held against, where that can be said."""
+    if beyond is None:
+        return ""
+    if beyond.low is None:
+        return "not to be told from chance, as a domain has one document"
+    if pairs < interventions.LEAST:
+        tried = "1 expert" if pairs == 1 else f"{pairs} experts"
+        return (
+            f"not to be told from chance with {tried} (at least {interventions.LEAST} are needed)"
+        )
+    return "less" if interventions.is_beyond(beyond, p_value) else "no better than chance"
 
 
 def _nats(estimate):
@@ -302,4 +311,5 @@ def _token(word):
     """A vocabulary.Word in a sentence: white space as Python writes it."""
     if not word.text:
         return f"number {word.id}"
-    return f"“{word.text}”" if word.text.isprintable() else repr(word.text)
+    shown = word.text.isprintable() and not word.text.isspace()
+    return f"“{word.text}”" if shown else repr(word.text)

@@ -77,7 +77,9 @@ function plot(place, traces, frame) {
 
 function drawChart(chart, figure) {
   const frame = layout(chart.x_title, chart.y_title), text = value("--text");
-  frame.xaxis.type = chart.log_x ? "log" : undefined;
+  // left to itself plotly takes "0", "1", "all" for numbers, and drops the last
+  const words = chart.series.some(series => series.x.some(x => typeof x === "string"));
+  frame.xaxis.type = chart.log_x ? "log" : words ? "category" : undefined;
   Object.assign(frame.yaxis, {zeroline: chart.zero_line, zerolinecolor: text,
     rangemode: chart.zero_line ? "tozero" : "normal"});
   const found = colours(chart.series.map(series => series.name));

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from olmoe_jax.analysis import counts as counts_lib
-from olmoe_jax.analysis import counts_files, trace
+from olmoe_jax.analysis import counts_files, trace, trace_files
 from tests.analysis import synthetic
 
 
@@ -138,6 +138,37 @@ def test_pooled_domains_keep_their_documents_apart():
         counts_lib.pool([parts[0], counts_lib.count(synthetic.make_trace(experts=8))])
 
 
+def _flipped(data, place):
+    place %= len(data)
+    return data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: b"no zip",
+        lambda data: data[: len(data) // 2],
+        lambda data: _flipped(data, len(data) // 3),  # in deflated numbers
+        lambda data: _flipped(data, data.index(b"PK\1\2") + 10),  # how they are compressed
+        lambda data: _flipped(data, data.index(b"PK\1\2") + 29),  # the length of a name
+        lambda data: data.replace(b"group_topk.npy", b"group_tipk.npy"),
+    ],
+    ids=["empty", "no zip", "torn", "number", "method", "directory", "name"],
+)
+def test_damaged_counts_are_one_error_and_counted_anew(damage, tmp_path):
+    source = trace_files.write(tmp_path / "trace", synthetic.make_trace(tokens=90, documents=9))
+    whole = counts_files.of_trace(source)
+    path = source.path / counts_files.NAME
+    data = path.read_bytes()
+    path.write_bytes(damage(data))
+    assert path.read_bytes() != data
+    with pytest.raises(ValueError, match="not a file of routing counts"):
+        counts_files.load(path)
+    assert_same(counts_files.of_trace(source), whole)
+    assert counts_files.load(path).info == whole.info
+
+
 @pytest.mark.parametrize("vocabulary", [True, False])
 def test_a_file_holds_all_of_it(tmp_path, vocabulary):
     source = synthetic.make_trace(checkpoint="step5", step=5, near_ties=(3, 1))
@@ -175,6 +206,3 @@ def test_bad_ids_and_files_are_refused(tmp_path):
         counts_lib.count(trace.MemoryTrace(source.info, wide))
     with pytest.raises(FileNotFoundError, match="no such file"):
         counts_files.load(tmp_path / "none.npz")
-    (tmp_path / "bad.npz").write_bytes(b"no zip")
-    with pytest.raises(ValueError, match="not a file of routing counts"):
-        counts_files.load(tmp_path / "bad.npz")

@@ -90,7 +90,7 @@ def test_probabilities_that_pose_as_logits_are_refused(dtype):
     probs = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     with pytest.raises(ValueError, match="are probabilities.*every row sums to 1"):
         foreign.make(router_logits=probs.astype(dtype), k=3)
-    with pytest.raises(ValueError, match="probabilities=True rows must sum to 1"):
+    with pytest.raises(ValueError, match="rows of probabilities must sum to 1"):
         foreign.make(router_logits=scores, k=3, probabilities=True)
 
 

@@ -226,7 +226,7 @@ def _losses(rng, plan, planted):
                 change[:, i] += planted
         start = rng.normal(3, 0.5, (40, 1))
         sums = np.concatenate([start, start + change], 1) * 50
-        out.append(interventions.Losses(tokens=np.full(40, 50.0), sums=sums))
+        out.append(interventions.Losses(tokens=np.full(40, 50.0), sums=sums, documents=40))
     return out
 
 
@@ -239,6 +239,42 @@ def test_words_tell_a_cost_from_chance():
     assert interventions.is_beyond(contrast.beyond_elsewhere, contrast.elsewhere_p)
     said = " ".join(words.caused(planted))
     assert said.count(", less") == 4 and "no better than chance" not in said
+
+
+@pytest.mark.parametrize("number, told", [(1, False), (2, True)])
+def test_few_experts_cannot_be_told_from_chance(number, told):
+    rng, names = np.random.default_rng(0), ("a", "b", "c")
+    chosen = interventions.plan(_specialisation(rng.random((2, 3, 16)), names), number)
+    result = interventions.effects(chosen, _losses(rng, chosen, 0.3), renormalised=True)
+    for one in result.contrasts.values():
+        assert one.control_pairs == one.elsewhere_pairs == 3 * number
+        assert min(one.control_p, one.elsewhere_p) >= 0.5 ** (3 * number)
+    said = " ".join(words.caused(result))
+    assert "no better than chance" not in said and said.count(", less") == (4 if told else 0)
+    few = "not to be told from chance with 3 experts (at least 6 are needed)"
+    assert said.count(few) == (0 if told else 4)
+    assert told == (number >= interventions.enough(3))
+
+
+def test_a_loss_that_falls_is_said_to():
+    rng = np.random.default_rng(0)
+    chosen = interventions.plan(_specialisation(rng.random((2, 2, 16))), 1)
+    losses = _losses(rng, chosen, 0.0)
+    uniform = [i for i, one in enumerate(chosen.interventions) if one.kind == UNIFORM]
+    for one in losses:
+        for by, i in enumerate(uniform, 1):
+            one.sums[:, 1 + i] = one.sums[:, 0] - 0.1 * by * one.tokens
+    said = words.caused(interventions.effects(chosen, losses, renormalised=True))[-1]
+    assert "all layers the loss changes by -0.3 nats per token" in said
+    assert "in one layer by -0.1 (layer 1) to -0.2 (layer 3)" in said
+
+
+def test_documents_are_counted_one_by_one():
+    documents = np.repeat(np.arange(2500, dtype=np.int32), 2)
+    losses = np.tile([1.0, np.nan], (3, 2500))
+    losses[:, :2] = np.nan  # the first document has no token with a next one
+    one = interventions.Losses.of(documents, losses)
+    assert (one.documents, len(one.tokens), one.tokens.sum()) == (2499, 1000, 2499)
 
 
 def test_chance_is_seldom_called_a_cost():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from olmoe_jax import reporting
-from olmoe_jax.analysis import analyses, page
+from olmoe_jax.analysis import analyses, counts, page, results
 from olmoe_jax.analysis.page import tokens, training
 from tests.analysis import synthetic
 
@@ -64,6 +64,20 @@ def test_a_page_that_is_too_large_leaves_out_and_says_so(found):
     smaller = page.build({"m": found}, limit=without - 500)
     assert _block(smaller, "tokens of each expert").choices["token"] == ("the token itself",)
     assert "tokens of each expert, of all but one kind" in _block(smaller, "Notes").paragraphs[-1]
+    assert not any("Left out" in note for note in getattr(whole[-1], "paragraphs", ()))
+
+
+def test_whatever_is_left_out_is_said_once(found, monkeypatch):
+    monkeypatch.setattr(training, "MOST_WITH_INTERVALS", 10)
+    blocks = page.build({"m": found, "n": found}, limit=1)
+    assert not any("search" in block.title for block in blocks)
+    said = [note for note in _block(blocks, "Notes").paragraphs if "Left out" in note]
+    assert len(said) == 1
+    for words in ("but three layers", "search for a token of m, n", "intervals of load and health"):
+        assert words in said[0]
+    assert (
+        "search for a token;" in _block(page.build({"m": found}, limit=1), "Notes").paragraphs[-1]
+    )
 
 
 def test_a_search_holds_the_favourite_experts(found):
@@ -95,6 +109,19 @@ def test_one_checkpoint_without_tokens_and_pairs_has_a_page_too(found):
     assert not any("over training" in t for t in titles)
 
 
+def test_what_a_model_or_text_does_not_have_is_a_note():
+    one_expert = analyses.find(synthetic.recordings(k=1))
+    assert "co-activation: each token goes to one expert" in one_expert.notes
+    assert any("tokens are given by their numbers" in note for note in one_expert.notes)
+    traces = {"books": synthetic.make_trace(tokens=9, documents=2, checkpoint="step1", step=1)}
+    parts = {name: counts.count(one) for name, one in traces.items()}
+    few = analyses.find([analyses.Recording(parts, traces)])
+    assert not few.vocabulary and any("no token occurs 10 times" in n for n in few.notes)
+    for found in (one_expert, few):
+        titles = [block.title for block in page.build({"m": found})]
+        assert titles[0] == "m" and titles[-1] == "Notes"
+
+
 def test_training_is_measured_in_what_is_known():
     assert training.scales([(10, None, 0.5), (20, 640, 1.0)]) == {
         "steps": (10, 20), "share of training, %": (50, 100)
@@ -103,9 +130,15 @@ def test_training_is_measured_in_what_is_known():
 
 
 def test_pictures_are_written_beside_the_page(found, tmp_path):
+    results.write(tmp_path / "figures" / "mine.json", [])
+    (tmp_path / "figures" / "old.svg").touch()
+    page.clear(tmp_path)
     page.write(tmp_path, {"m": found})
     assert (tmp_path / "report.html").stat().st_size < 10e6
     written = {path.name for path in (tmp_path / "figures").iterdir()}
     assert {
         f"m_experts_and_domains_layer_{n}.{e}" for n in (1, 4) for e in ("png", "svg", "csv")
     } <= (written)
+    assert "old.svg" not in written and "mine.json" in written
+    page.clear(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["mine.json"]

@@ -84,6 +84,8 @@ def test_a_planted_token_specialist_is_found():
     assert "expert is 11 of layer 4: it takes 100.0 % of the input token number 3" in " ".join(said)
     said = words.worded(counts, vocabulary.vocabulary(counts), decode=lambda token: "\n" * token)
     assert r"the input token '\n\n\n'" in " ".join(said)
+    said = words.worded(counts, vocabulary.vocabulary(counts), decode=lambda token: " " * token)
+    assert "the input token '   '" in " ".join(said)
     written = results.plain(vocabulary.tokens_to_json(counts, most=2))
     assert written["4"]["input"]["top1"]["11"][0]["id"] == 3
     found = vocabulary.vocabulary(counts)

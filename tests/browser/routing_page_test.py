@@ -39,6 +39,9 @@ def driver(recordings, routed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     found = {"model": analyses.find(recordings, decode=decode)}
     blocks = page.build(found, prompts={"model": (routed,)})
+    points = reporting.Series(name="a", x=("0", "1", "all"), y=(0.1, 0.2, 0.3), points=True)
+    blocks.append(reporting.Chart(title="in words", series=(points,), x_title="x", y_title="y"))
+    blocks.append(reporting.Prose(title="white space", paragraphs=("a token '   '",)))
     reporting.write(folder / "report.html", reporting.page("Inside", "model", blocks))
     with chromium.start(tmp_path_factory.mktemp("profile")) as driver:
         chromium.show(driver)
@@ -89,6 +92,13 @@ def test_the_page_opens_without_errors_and_without_a_network(driver):
         "return [...document.querySelectorAll('.plot')].filter(p => p.querySelector('svg')).length"
     )
     assert drawn == len(plots) >= 10
+
+
+def test_words_on_an_axis_and_white_space_are_seen(driver):
+    script = "return document.querySelector('#chart-0 .plot')._fullLayout.xaxis"
+    assert driver.execute_script(f"{script}._categories") == ["0", "1", "all"]
+    last = "return [...document.querySelectorAll('section p')].at(-1).innerText"
+    assert driver.execute_script(last) == "a token '   '"
 
 
 def test_every_control_changes_what_is_drawn(driver):

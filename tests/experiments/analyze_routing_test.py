@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 
@@ -46,9 +45,9 @@ def test_one_command_records_analyses_and_reports(suite, tmp_path):
         f"--model={folder}/olmoe", f"--data={folder}/*.txt", f"--tokenizer={tokenizer}",
         f"--output={tmp_path}/out", "--context_length=11", f"--json={tmp_path}/summary.json",
         "--prompt=the word", "--prompt=def return",
-        "--interventions=1", "--intervention_tokens=60", "--export=npz",
+        "--export=npz",
     )  # fmt: skip
-    code, out, err = run(*arguments)
+    code, out, err = run(*arguments, "--interventions=1", "--intervention_tokens=60")
     assert code == 0, err
     assert "recording olmoe step2-tokens2K" in out and f"page: {tmp_path}/out/report.html" in out
     output = tmp_path / "out"
@@ -69,8 +68,10 @@ def test_one_command_records_analyses_and_reports(suite, tmp_path):
     ]  # fmt: skip
     pictures = {path.name for path in (output / "figures").iterdir()}
     assert {f"olmoe_router_saturation_over_layers.{e}" for e in ("png", "svg", "csv")} <= pictures
-    shutil.rmtree(output / "figures")
     assert "interventions: " in out and "runs of 120 tokens" in out
+    assert "=1 in each of 2 domains: too few experts" in out and "=3 would do" in out
+    assert "note: one document in code, prose: effects" in out
+    assert "not to be told from chance, as a domain has one document" in out
     effects = json.loads((output / "interventions.json").read_text())
     assert effects["weights_renormalised"] is False and effects["domains"]["code"]["tokens"] < 60
     siblings = json.loads((output / "expert_siblings.json").read_text())["checkpoints"]
@@ -83,7 +84,9 @@ def test_one_command_records_analyses_and_reports(suite, tmp_path):
         assert json.loads(one) == json.loads(two)
     code, again, err = run(*arguments, "--output_format=none", "--interventions=0")
     assert code == 0, err
-    assert not (output / "figures").exists()
+    # nothing of the first run is left beside the second's summary
+    assert not list((output / "figures").iterdir()) and not (output / "report.html").exists()
+    assert not (output / "interventions.json").exists() and (output / "prompt.json").exists()
     assert json.loads((tmp_path / "summary.json").read_text())["models"]["olmoe"]["sentences"]
 
 
@@ -92,11 +95,18 @@ def test_one_command_records_analyses_and_reports(suite, tmp_path):
     [
         ((), "give --model with --data, or --routing_dump"),
         (("--traces=/nowhere/*.npy",), "/nowhere/*.npy: no file matches"),
-        (("--traces=x", "--interventions=1"), "they need --model"),
+        (("--traces=x", "--interventions=1"), "no effect with --traces: it needs --model"),
+        (("--model=HERE", "--num_experts=3"), "no effect with --model: it needs --traces"),
+        (("--routing_dump=x", "--nokeep_traces"), "--keep_traces has no effect"),
+        (("--routing_dump=x", "--total_steps=9"), "has one checkpoint"),
+        (("--model=HERE", "--data=x.txt", "--split=train"), "needs prepared --data"),
+        (("--model=HERE", "--intervention_tokens=9"), "no effect without --interventions"),
+        (("--model=HERE", "--interventions=1", "--intervention_tokens=1"), "must be 2 or more"),
+        (("--model=HERE", "--export=csv", "--nokeep_traces"), "that --nokeep_traces deletes"),
         (("--model=HERE", "--tokenizer=gpt=t.json"), "--tokenizer=gpt=…: no such model; there are"),
-        (("--routing_dump=x", "--export=csv"), "--export needs traces"),
-        (("--routing_dump=x", "--data=x"), "--data says which text"),
-        (("--routing_dump=x", "--prompt=x"), "--prompt needs a --model"),
+        (("--routing_dump=x", "--export=csv"), "which has no traces"),
+        (("--routing_dump=x", "--data=x"), "--data has no effect with --routing_dump"),
+        (("--routing_dump=x", "--prompt=x"), "it needs --model"),
         (("--model=/nowhere", "--data=x"), "/nowhere"),
         (("--model=HERE",), "is no run, whose data could be read: give --data"),
         (("--routing_dump=/nowhere",), "/nowhere"),

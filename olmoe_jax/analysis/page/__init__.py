@@ -1,7 +1,7 @@
 """report.html of routing analyses: what they come to in words, then what a reader can look through.
 
 `experts` shows one checkpoint, `training` several, `tokens` the words that experts take, `passages`
-single texts. The page is kept below LIMIT: what does not fit is left out, and the page says so.
+single texts. What makes the page larger than LIMIT is left out step by step, and the page says so.
 """
 
 import pathlib
@@ -30,6 +30,15 @@ def write(output, models, between=(), *, prompts=None):
     figures.write(blocks, output / FIGURES)
 
 
+def clear(output) -> None:
+    """Removes the page, pictures and tables of a former run."""
+    output = pathlib.Path(output)
+    (output / PATH).unlink(missing_ok=True)
+    for ending in ("png", "svg", "csv"):
+        for path in (output / FIGURES).glob(f"*.{ending}"):
+            path.unlink()
+
+
 def build(models, between=(), *, prompts=None, limit=LIMIT) -> list:
     """The blocks of the page.
 
@@ -45,10 +54,23 @@ def build(models, between=(), *, prompts=None, limit=LIMIT) -> list:
         if room > 0:
             break
     searched = [name for name, found in models.items() if found.vocabulary]
+    left_out, unsearched = [detail.left_out] if detail.left_out else [], []
     for name in searched:
         found = tokens.search(name, models[name], max(0, room) // len(searched))
-        if found is not None:
+        if found is None:
+            unsearched.append(name)
+        else:
             blocks.insert(_behind_tokens(blocks, name), found)
+    if unsearched:
+        of = "" if len(models) == 1 else f" of {', '.join(unsearched)}"
+        left_out.append(f"the search for a token{of}")
+    if any(not training.has_room(found.health) for found in models.values()):
+        left_out.append("intervals of load and health over layers and training")
+    notes = [f"{name}: {note}" for name, found in models.items() for note in found.notes]
+    if left_out:
+        notes.append(f"Left out of the page for its size: {'; '.join(left_out)}.")
+    if notes:
+        blocks.append(reporting.Prose(title="Notes", paragraphs=tuple(notes)))
     return blocks
 
 
@@ -74,9 +96,4 @@ def _without_search(models, between, prompts, detail):
         blocks += training.blocks(name, found)
         if found.vocabulary:
             blocks += tokens.blocks(name, found, detail)
-    notes = [f"{name}: {note}" for name, found in models.items() for note in found.notes]
-    if detail.left_out:
-        notes.append(f"Left out of the page for its size: {detail.left_out}.")
-    if notes:
-        blocks.append(reporting.Prose(title="Notes", paragraphs=tuple(notes)))
     return blocks

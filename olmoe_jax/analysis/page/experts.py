@@ -215,7 +215,8 @@ def _groups(name, result):
     return reporting.Table(
         title=f"{name}: groups of experts", columns=("layer", "experts"), rows=tuple(rows),
         note=f"Each expert is chosen with every other of its group for at least "
-        f"{result.threshold:.0%} of its tokens; by chance {result.chance:.0%}.",
+        f"{result.threshold:.0%} of its tokens; by chance {result.chance:.0%}. Of each layer the "
+        f"{GROUPS} tightest at most.",
     )  # fmt: skip
 
 
@@ -237,5 +238,5 @@ def _paths(name, pooled):
         columns=("first expert", "then", "tokens", "of the first expert's tokens", "of all tokens"),
         note="First choices only, of experts that are first choice of at least "
         f"{domains_lib.PATH_THRESHOLD} times an equal share. Were layers independent, the last two "
-        "columns would be equal.",
+        f"columns would be equal. The {PATHS} that most tokens take, at most.",
     )  # fmt: skip

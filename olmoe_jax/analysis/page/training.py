@@ -4,7 +4,7 @@ import numpy as np
 
 from olmoe_jax import reporting
 
-_MOST_WITH_INTERVALS = 30_000  # numbers of health over training that are shown with intervals
+MOST_WITH_INTERVALS = 30_000  # numbers of health over training that are shown with intervals
 # Label → (attribute of load.Load, factor, what is added).
 _METRICS = {
     "load of the busiest expert, times the mean": ("max_violation", 1.0, 1.0),
@@ -97,15 +97,26 @@ def _cube(axes, arrays):
     return reporting.Cube(axes=axes, values=arrays[0], low=arrays[1], high=arrays[2])
 
 
+def has_room(rows) -> bool:
+    """Whether load and health (analyses.Found.health) are few enough to be shown with intervals."""
+    layers = len(rows[0][0].info.layers) if rows else 0
+    return len(_metrics(rows)) * len(rows) * layers <= MOST_WITH_INTERVALS
+
+
+def _metrics(rows):
+    """Those of _METRICS that are known."""
+    return {
+        label: what for label, what in _METRICS.items()
+        if any(getattr(one, what[0]) is not None for one, _ in rows)
+    }  # fmt: skip
+
+
 def _health(name, rows):
     """Load and health of every checkpoint, domain and layer; rows: (load.Load, share)."""
     names = list(dict.fromkeys(one.info.checkpoint for one, _ in rows))
     every = tuple(dict.fromkeys(one.info.domain for one, _ in rows))
     info = rows[0][0].info
-    metrics = {
-        label: what for label, what in _METRICS.items()
-        if any(getattr(one, what[0]) is not None for one, _ in rows)
-    }  # fmt: skip
+    metrics = _metrics(rows)
     shape = (len(metrics), len(names), len(every), len(info.layers))
     arrays = {end: np.full(shape, np.nan) for end in ("value", "low", "high")}
     places = {}
@@ -117,7 +128,7 @@ def _health(name, rows):
             for end, array in arrays.items():
                 if held is not None and getattr(held, end) is not None:
                     array[i, at, every.index(one.info.domain)] = scale * getattr(held, end) + shift
-    known = arrays["value"].size <= _MOST_WITH_INTERVALS and not np.isnan(arrays["low"]).all()
+    known = has_room(rows) and not np.isnan(arrays["low"]).all()
     cube = reporting.Cube(
         axes={
             "metric": tuple(metrics), "checkpoint": tuple(names), "domain": every,
