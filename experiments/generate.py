@@ -4,7 +4,8 @@
 
 DIR is a run's workdir, one of its checkpoints, an Orbax directory written by
 `experiments.port_weights`, or a Hugging Face folder. The tokenizer is the one that lies with it, or
---tokenizer=FILE. Each token is a plain forward pass over the whole text so far.
+--tokenizer=FILE. Weights that have hashes are verified when they are read. Each token is a plain
+forward pass over the whole text so far.
 """
 
 import time
@@ -33,7 +34,7 @@ def main(argv):
     sources.kind_of(_MODEL.value)
     tokenizer = _tokenizer()
     prompt_ids = tokenizer.encode_prompt(_PROMPT.value)
-    model, params = loading.load(_MODEL.value)
+    model, params = loading.load(_MODEL.value, verify=loading.has_hashes(_MODEL.value))
     start = time.monotonic()
     ids = generation.greedy(
         model, params, prompt_ids, num_tokens=_NUM_TOKENS.value, end_token=_end_token(tokenizer)

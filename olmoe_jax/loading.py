@@ -70,6 +70,18 @@ def load(directory, *, dtype=None, sharding=None, verify=False):
     return model, params
 
 
+def has_hashes(directory) -> bool:
+    """Whether `load(directory, verify=True)` has anything to verify: not so for a foreign folder
+    that was written elsewhere.
+
+    Raises:
+      FileNotFoundError: there is no model in `directory`.
+    """
+    path = os.path.expanduser(directory)
+    is_foreign = sources.kind_of(path) in sources.FOREIGN
+    return not is_foreign or os.path.isdir(os.path.join(path, manifest.FOLDER))
+
+
 def load_params(directory, model_config, *, sharding=None, dtype=None):
     """The parameters in `directory`, verified where it has hashes, for a model that is given.
 
@@ -87,6 +99,5 @@ def load_params(directory, model_config, *, sharding=None, dtype=None):
     source = sources.Foreign(os.path.expanduser(directory))
     if differ := translation.differences(source.config.model, model_config):
         raise ValueError(f"{directory} holds another model: it has {'; '.join(differ)}")
-    if (source.path / manifest.FOLDER).is_dir():
-        sources.check_hashes(source)
+    sources.verify(source)
     return reading.read_params(source, sharding, dtype=dtype)

@@ -110,6 +110,8 @@ def test_items_of_a_tuple_are_checked_and_an_int_is_a_float():
         (dict(head_dim=0), "head_dim is 0: must be positive"),
         (dict(capacity_factor=0.0), "capacity_factor is 0.0: must be positive"),
         (dict(clip_qkv=-1.0), "clip_qkv is -1.0: must be positive"),
+        (dict(rope_theta=float("inf")), "rope_theta is inf: must be finite"),
+        (dict(init_std=float("nan")), "init_std is nan: must be finite"),
         (dict(init_std=-1.0), "init_std is -1.0: must not be negative"),
         (dict(num_layers=0), "num_layers is 0: must be at least 1"),
         (dict(norm="rms"), "norm is 'rms'"),
@@ -147,6 +149,15 @@ def test_impossible_models_are_refused(changes, message):
         ("optimizer", dict(learning_rate=0.0), "optimizer.learning_rate is 0.0: must be positive"),
         ("optimizer", dict(learning_rate=float("nan")), "optimizer.learning_rate is nan"),
         ("optimizer", dict(beta2=1.5), "optimizer.beta2 is 1.5: must lie in 0..1"),
+        ("optimizer", dict(beta1=1.0), "optimizer.beta1 is 1.0: must lie in 0..1, below 1"),
+        ("optimizer", dict(beta2=1.0), "optimizer.beta2 is 1.0: must lie in 0..1, below 1"),
+        ("optimizer", dict(clip_norm=float("inf")), "optimizer.clip_norm is inf: must be finite"),
+        ("training", dict(spike_factor=float("inf")), "training.spike_factor is inf: must be fin"),
+        (
+            "optimizer",
+            dict(warmup_tokens=12, decay_tokens=11),
+            r"optimizer.warmup_tokens is 12: must not exceed optimizer.decay_tokens \(11\)",
+        ),
         ("optimizer", dict(schedule="cosin"), "optimizer.schedule is 'cosin': .*'cosine'"),
         (
             "training",
@@ -154,6 +165,7 @@ def test_impossible_models_are_refused(changes, message):
             "training.micro_batches is 4: must divide",
         ),
         ("training", dict(seed=-1), "training.seed is -1"),
+        ("training", dict(seed=2**32), r"training.seed is 4294967296: must be below 2\*\*32"),
         ("training", dict(initial_optimizer_state=True), "needs training.initial_checkpoint"),
         ("checkpoint", dict(interval=0), "checkpoint.interval is 0"),
         ("checkpoint", dict(interval=7, full_state_at=(14, 20)), "full_state_at is 20: .* \\(7\\)"),
@@ -165,6 +177,11 @@ def test_impossible_sections_are_refused(section, changes, message):
     kind = typing.get_type_hints(config_lib.Config)[section]
     with pytest.raises(ValueError, match=message):
         kind(**changes)
+
+
+def test_a_warm_up_may_be_all_of_the_schedule_and_a_constant_rate_does_not_decay():
+    assert config_lib.OptimizerConfig(warmup_tokens=11, decay_tokens=11)
+    assert config_lib.OptimizerConfig(warmup_tokens=12, decay_tokens=11, schedule="constant")
 
 
 def test_window_longer_than_the_model_is_refused():

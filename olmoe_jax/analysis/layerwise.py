@@ -16,7 +16,7 @@ import numpy as np
 
 from olmoe_jax.checkpoints import layout, streamed
 from olmoe_jax.model import norms, routing, transformer
-from olmoe_jax.porting import transposing
+from olmoe_jax.porting import sources, transposing
 
 HEAD_TOKENS = 512  # whose float32 logits exist at once
 BFLOAT16_ROUNDING = 2.0**-8  # at most, of a number
@@ -60,6 +60,14 @@ class Weights:
             elif first not in _GLOBAL:
                 index, rest = rest.split("/", 1)
                 self._layers.setdefault(int(index), {})[rest] = name
+
+    def verify(self):
+        """Recomputes the hashes of the files, where they have any.
+
+        Raises:
+          DamagedError: they are not as they were written.
+        """
+        sources.verify(self._source)
 
     def num_bytes(self) -> int:
         """Of all parameters as they are in memory."""

@@ -59,7 +59,8 @@ def record(
 
     The model is computed dropless (`expert_backend` "auto"), also where training dropped tokens.
     Where its run trained with `data.mask_documents`, a token sees its own document only; weights
-    from elsewhere see the whole window, as the released analyses do.
+    from elsewhere see the whole window, as the released analyses do. Weights that have hashes are
+    verified before anything is recorded.
 
     Raises:
       FileNotFoundError, ValueError: model, texts or settings do not fit each other. OSError: the
@@ -86,6 +87,8 @@ def record(
             f"{job.checkpoint.path}: layer by layer: {job.weights.layer_bytes() / 1e9:.2f} of "
             f"{job.weights.num_bytes() / 1e9:.2f} GB of weights in memory at a time"
         )
+    if not all(sink.is_whole for sink in sinks):
+        job.weights.verify()
     return _run(job, sinks, carried_tokens if streamed else None, scratch_folder)
 
 

@@ -10,6 +10,7 @@ from olmoe_jax.checkpoints.manifest import DamagedError
 from olmoe_jax.checkpoints.naming import checkpoint_name, find, list_checkpoints, parse_name
 from olmoe_jax.checkpoints.reading import (
     abstract_params,
+    find_state,
     read_config,
     read_params,
     read_state,
@@ -23,6 +24,7 @@ __all__ = [
     "abstract_params",
     "checkpoint_name",
     "find",
+    "find_state",
     "from_stored",
     "list_checkpoints",
     "parse_name",

@@ -97,6 +97,21 @@ def read_params(path, model_config=None, shardings=None, *, dtype=None, verify=F
     return layout.unflatten(out)
 
 
+def find_state(path) -> epath.Path:
+    """The train state at `path`, a step directory of a run's `resume`.
+
+    Raises:
+      FileNotFoundError: there is none: nothing, a workdir, parameters alone.
+    """
+    path = naming.absolute(path)
+    is_kept = (path / PARAMS).is_dir()  # a kept checkpoint has the same name
+    if is_kept or not naming.is_complete(path) or not (path / CONFIG).exists():
+        raise FileNotFoundError(
+            f"{path}: no train state; expected a step directory of a run's resume folder"
+        )
+    return path
+
+
 def read_state(path, abstract_state, model_config=None):
     """A whole train state, its hashes recomputed.
 
@@ -109,11 +124,7 @@ def read_state(path, abstract_state, model_config=None):
       FileNotFoundError: `path` holds no train state.
       ValueError: its arrays are not those of `abstract_state` (no cast); DamagedError: damaged.
     """
-    path = naming.absolute(path)
-    if not naming.is_complete(path) or not (path / CONFIG).exists():
-        raise FileNotFoundError(
-            f"{path}: no train state; expected a step directory of a run's resume folder"
-        )
+    path = find_state(path)
     found, wanted = manifest.read(path), layout.flatten(abstract_state)
     kinds = {n: (x.shape, jnp.dtype(x.dtype).name) for n, x in wanted.items()}
     _check_leaves(path, found, kinds, read_config(path).model, model_config)

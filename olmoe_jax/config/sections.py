@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 
 NORM_NAMES = ("rmsnorm", "layernorm_nonparametric")
 NORM_POSITIONS = ("pre", "post")
@@ -22,16 +23,24 @@ def _one_of(field, value, choices):
         raise ValueError(f"config.{field} is {value!r}: must be one of {', '.join(choices)}{hint}")
 
 
+def _finite(config, section, name):
+    """The value of a field; None, where a field may have it, passes."""
+    value = getattr(config, name)
+    _require(value is None or abs(value) < math.inf, f"{section}.{name}", value, "must be finite")
+    return value
+
+
 def _at_least(config, section, low, *names):
     expected = f"must be at least {low}" if low else "must not be negative"
     for name in names:
-        _require(getattr(config, name) >= low, f"{section}.{name}", getattr(config, name), expected)
+        value = _finite(config, section, name)
+        _require(value >= low, f"{section}.{name}", value, expected)
 
 
 def _positive(config, section, *names):
     """None, where a field may have it, passes."""
     for name in names:
-        value = getattr(config, name)
+        value = _finite(config, section, name)
         _require(value is None or value > 0, f"{section}.{name}", value, "must be positive")
 
 
@@ -54,8 +63,9 @@ class ModelConfig:
       router: a key of `olmoe_jax.model.routing.ROUTERS` (checked there: a new router is one file).
       router_scores: what the router's logits become: "softmax" over the experts, or the "sigmoid"
         of each (DeepSeek-V3, which also divides the chosen ones by their sum).
-      router_bias: loss-free balancing: a bias per expert and MoE layer, added to the scores for the
-        choice of experts alone, moved by `losses.router_bias_rate`. Token choice only.
+      router_bias: a bias per expert and MoE layer, added to the scores for the choice of experts
+        alone, moved by `losses.router_bias_rate`. Token choice only. Balancing is loss-free only
+        with losses.load_balancing_weight=0: otherwise (the default) the loss stays beside it.
       router_dtype: dtype of the router's matrix product. float32 always but to mimic Hugging Face,
         whose bf16 models round the logits to bf16. Softmax and top-k are in float32 either way.
       expert_backend: how experts are computed; "auto" picks by platform (`model.experts`).
@@ -229,7 +239,8 @@ class LossesConfig:
       count_masked: keep masked positions in the cross entropy's denominator (batch · length), as
         the code that trained OLMoE does; False divides by the real targets.
       router_bias_rate: how far a step moves each bias of `model.router_bias`
-        (`training.balancing`); 0 leaves them as they are, as DeepSeek-V3 does towards the end.
+        (`training.balancing`); 0 leaves them as they are, as DeepSeek-V3 does towards the end. It
+        takes no loss away: load_balancing_weight=0 does.
     """
 
     load_balancing_weight: float = 0.01
@@ -276,9 +287,18 @@ class OptimizerConfig:
         _one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
         _positive(self, "optimizer", "learning_rate", "clip_norm", "eps")
         _at_least(self, "optimizer", 0, "warmup_tokens", "decay_tokens", "weight_decay")
-        for name in ("beta1", "beta2", "warmup_start_fraction", "final_fraction"):
+        for name in ("warmup_start_fraction", "final_fraction"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"optimizer.{name}", value, "must lie in 0..1")
+        for name in ("beta1", "beta2"):  # with 1 a moment would never see a gradient
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name}", value, "must lie in 0..1, below 1")
+        if self.decay_tokens and self.schedule != "constant":
+            _require(
+                self.warmup_tokens <= self.decay_tokens,
+                "optimizer.warmup_tokens", self.warmup_tokens,
+                f"must not exceed optimizer.decay_tokens ({self.decay_tokens})",
+            )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -308,6 +328,8 @@ class TrainingConfig:
     def __post_init__(self):
         _at_least(self, "training", 1, "num_steps", "batch_size", "micro_batches", "log_interval")
         _at_least(self, "training", 0, "seed", "spike_factor")
+        # What the data's order and JAX's random keys tell apart.
+        _require(self.seed < 2**32, "training.seed", self.seed, "must be below 2**32")
         _require(
             self.batch_size % self.micro_batches == 0, "training.micro_batches", self.micro_batches,
             f"must divide training.batch_size ({self.batch_size})",

@@ -6,6 +6,7 @@ step only, and any number of processes or reading workers sees the same batches.
 """
 
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -69,6 +70,11 @@ class PreparedData:
     def unigram_counts(self) -> np.ndarray:
         """int64 [vocab]: occurrences of each token in the train split."""
         return np.load(self.path / layout.UNIGRAM_COUNTS)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of info.json: what was prepared and how, wherever it lies now."""
+        return hashlib.sha256((self.path / layout.INFO).read_bytes()).hexdigest()
 
     @functools.cached_property
     def tokenizer(self) -> tokenizer_lib.Tokenizer:

@@ -15,7 +15,7 @@ from etils import epath
 
 from olmoe_jax import checkpoints, generation
 from olmoe_jax import config as config_lib
-from olmoe_jax.checkpoints import layout, manifest, naming, streamed
+from olmoe_jax.checkpoints import layout, manifest, naming, reading, streamed
 from olmoe_jax.porting import configs, families, folders, tokenizer_files, transposing
 
 WORKDIR = "workdir"
@@ -292,6 +292,21 @@ def check_hashes(source):
     if bad:
         names = ", ".join(bad[:3]) + (", …" if len(bad) > 3 else "")
         raise manifest.DamagedError(f"{path}: {len(bad)} tensors or files damaged ({names})")
+
+
+def verify(source):
+    """Recomputes the hashes of a `Foreign` or a `Checkpoint`; one that has none passes.
+
+    Raises:
+      DamagedError: tensors or files are not as they were written.
+    """
+    path = epath.Path(source.path)
+    if not (path / manifest.FOLDER).is_dir():
+        return
+    if source.folder is not None:
+        check_hashes(source)
+    else:
+        reading.check_hashes(path, reading.PARAMS, manifest.read(path))
 
 
 def stored_leaves(model_config) -> dict:

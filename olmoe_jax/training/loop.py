@@ -162,8 +162,7 @@ def train(
       ValueError, FileNotFoundError: the config, the data and the workdir do not fit together,
         before any work; or a loss that is not finite, if training.stop_on_nan.
     """
-    if "://" in str(workdir):
-        raise ValueError(f"--workdir={workdir}: a bucket must be mounted; name a directory")
+    runs.check_workdir_name(workdir)
     workdir = pathlib.Path(os.path.expanduser(workdir))
     if jax.process_index():
         announce = lambda line: None  # noqa: E731
@@ -172,13 +171,16 @@ def train(
     _check_batch(config, mesh)
     model = transformer.Transformer(config.model, routing_group=config.losses.load_balancing_group)
     abstract = _abstract_state(config, mesh)
-    runs.check_workdir(workdir, config, announce)
+    config = runs.check_workdir(workdir, config, announce)
     if (record := runs.finished_record(workdir, config)) is not None:
         announce(f"finished: {workdir} holds all {config.training.num_steps} steps")
+        profiler.close()
         return Result(step=config.training.num_steps, finished=True, record=record)
-    runs.check_initial_checkpoint(config)
+    runs.check_initial_checkpoint(config, workdir)
     if not dry_run or config.data.path != "embedded":  # which a dry run does not build
         data = runs.open_data(config, workdir, announce)
+        runs.check_data(workdir, data)
+        runs.check_initial_tokenizer(config, workdir, data)
     plan = preflight.plan(config, workdir, mesh=mesh)
     announce(preflight.report(plan))
     preflight.check(plan, allow_full_disk=allow_full_disk)
@@ -187,6 +189,7 @@ def train(
     peak = machine.measure_peak_flops(config.model.dtype)
     with (
         jax.set_mesh(mesh),
+        runs.alone(workdir),
         checkpoints.Checkpoints(workdir, config) as saver,
         _StopRequest() as stop,
     ):

@@ -39,7 +39,7 @@ class Profile:
         if directory is not None and pathlib.Path(directory).is_file():
             raise ValueError(f"--profile={directory}: a file; expected a directory")
         self._directory, self._announce = directory, announce
-        self._parts, self._started = None, None
+        self._parts, self._started, self._reported = None, None, False
 
     def compile(self, train_step, state, batch):
         """The jitted step; for a profile compiled here, so that its instructions are known."""
@@ -58,10 +58,22 @@ class Profile:
         if self._started is not None and step == SKIPPED + TRACED - 1:
             jax.block_until_ready(metrics)
             seconds = (time.monotonic() - self._started) / TRACED
-            self.close()
+            self._stop()
+            self._reported = True
             self._announce(report(self._directory, self._parts, seconds))
 
     def close(self):
+        """Ends a trace under way. Says so if no profile was reported, once."""
+        self._stop()
+        if self._directory is not None and not self._reported:
+            self._reported = True
+            self._announce(
+                f"no profile in {self._directory}: it is of steps {SKIPPED + 1} to "
+                f"{SKIPPED + TRACED} of this process, which made fewer; "
+                "a larger config.training.num_steps makes them"
+            )
+
+    def _stop(self):
         if self._started is not None:
             self._started = None
             jax.profiler.stop_trace()

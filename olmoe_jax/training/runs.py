@@ -1,6 +1,8 @@
 """A run's workdir: its config.json, and whether a config and its data belong to it."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
@@ -9,6 +11,7 @@ import jax
 
 from olmoe_jax import checkpoints
 from olmoe_jax import config as config_lib
+from olmoe_jax.checkpoints import naming
 from olmoe_jax.data import pipeline, tokenizer
 from olmoe_jax.model import experts
 from olmoe_jax.porting import sources
@@ -23,6 +26,9 @@ _MAY_CHANGE = (
     "config.data.workers",
     "config.mesh.",
 )
+_LOCK = ".train.lock"  # not .lock: a study locks that file around a whole run
+# In config.json, and what is wrong where they differ.
+_DATA_IDENTITY = {"tokenizer_sha256": "made with another tokenizer", "data_sha256": "other data"}
 
 
 def read_config(workdir):
@@ -38,7 +44,7 @@ def read_config(workdir):
     try:
         content = json.loads(path.read_text())
         return config_lib.from_saved(content["config"]), content
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a config.json of this version ({error})") from error
 
 
@@ -50,15 +56,77 @@ def differences(found, config) -> list[str]:
     return [d for d in config_lib.differences(found, config) if not d.startswith(_MAY_CHANGE)]
 
 
+def check_workdir_name(workdir):
+    """Raises ValueError where no checkpoints can be written to a directory of this name."""
+    if "://" in str(workdir):
+        raise ValueError(f"--workdir={workdir}: a bucket must be mounted; name a directory")
+    if "*" in os.path.abspath(workdir):  # Orbax takes it for a pattern
+        raise ValueError(f"--workdir={workdir}: no checkpoint can be written where a path has a *")
+
+
+@contextlib.contextmanager
+def alone(workdir):
+    """Keeps other processes from training in a workdir, which is made, until the end of the block.
+
+    The lock goes with the process, however it ends.
+
+    Raises:
+      ValueError: another process is at it.
+    """
+    if jax.process_index():
+        yield
+        return
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / _LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{workdir}: another process is training in it; wait for it, or name another "
+                "--workdir"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def _has_state(workdir):
+    """Whether a run goes on from a train state of its own, and so no longer reads what it began
+    from."""
+    return bool(naming.list_complete(pathlib.Path(workdir) / naming.RESUME))
+
+
 def check_workdir(workdir, config, announce):
     """Refuses a workdir that holds a run of another configuration, and says which fields differ.
 
-    `training.num_steps` may grow; where the learning rate depends on it, that is announced.
+    `training.num_steps` may grow; where the learning rate depends on it, that is announced. Data
+    may lie elsewhere now (`check_data` tells whether they are the same), and what the run began
+    from is not compared once it has a state of its own.
+
+    Returns:
+      `config`, with `training.initial_*` of the run that is there.
     """
     if not (pathlib.Path(workdir) / "config.json").is_file():
-        return
-    found, _ = read_config(workdir)
+        return config
+    found, content = read_config(workdir)
+    if _has_state(workdir):
+        began = found.training.initial_checkpoint
+        if config.training.initial_checkpoint not in (None, began):
+            announce(
+                "note: the run resumes; config.training.initial_checkpoint, which was "
+                f"{began!r}, is not read any more"
+            )
+        training = dataclasses.replace(
+            config.training,
+            initial_checkpoint=began,
+            initial_optimizer_state=found.training.initial_optimizer_state,
+        )
+        config = dataclasses.replace(config, training=training)
     differ = differences(found, config)
+    if "data_sha256" in content and config.data.path != "embedded":
+        elsewhere = ("config.data.path:", "config.data.tokenizer:")
+        differ = [d for d in differ if not d.startswith(elsewhere)]
     steps = "config.training.num_steps:"
     if config.training.num_steps > found.training.num_steps:
         if any(d.startswith(steps) for d in differ) and (
@@ -74,6 +142,32 @@ def check_workdir(workdir, config, announce):
             f"{workdir} holds a run of another configuration (its value != this one): "
             f"{'; '.join(differ)}. Name another --workdir, or run it as it was"
         )
+    return config
+
+
+def check_data(workdir, data):
+    """Refuses data other than those that the run in `workdir` began with.
+
+    What an older config.json does not say is not compared.
+
+    Raises:
+      ValueError: the tokenizer or the data differ.
+    """
+    if not (pathlib.Path(workdir) / "config.json").is_file():
+        return
+    _, content = read_config(workdir)
+    for name, now in _identity(data).items():
+        if (began := content.get(name, now)) != now:
+            raise ValueError(
+                f"{data.path}: {_DATA_IDENTITY[name]} than the run in {workdir} began with "
+                f"({name} {began[:12]}… then, {now[:12]}… now): name those as config.data.path "
+                f"(then: {content.get('data_path')}), or another --workdir"
+            )
+
+
+def _identity(data):
+    """What in config.json tells data apart, wherever they lie."""
+    return {"tokenizer_sha256": data.info.tokenizer_sha256, "data_sha256": data.sha256}
 
 
 def open_data(config, workdir, announce):
@@ -110,15 +204,47 @@ def _check_vocabulary(size, source, config):
         )
 
 
-def check_initial_checkpoint(config):
-    """Raises FileNotFoundError or ValueError where training.initial_checkpoint cannot be read."""
+def check_initial_checkpoint(config, workdir):
+    """Raises FileNotFoundError or ValueError where training.initial_checkpoint cannot be read,
+    unless the run in `workdir` no longer reads it."""
     source = config.training.initial_checkpoint
-    if source is None:
+    if source is None or _has_state(workdir):
         return
-    if config.training.initial_optimizer_state or sources.kind_of(source) not in sources.FOREIGN:
+    if config.training.initial_optimizer_state:
+        checkpoints.read_config(checkpoints.find_state(source))
+    elif sources.kind_of(source) not in sources.FOREIGN:
         checkpoints.read_config(checkpoints.find(source))
     else:
         sources.Foreign(os.path.expanduser(source))
+
+
+def check_initial_tokenizer(config, workdir, data):
+    """Refuses data of another tokenizer than that of the run which training.initial_checkpoint is
+    of: its embedding would mean other tokens.
+
+    Raises:
+      ValueError: the tokenizers differ. Weights of no run, or of one that is gone, pass.
+    """
+    source = config.training.initial_checkpoint
+    if source is None or _has_state(workdir):
+        return
+    path = pathlib.Path(os.path.realpath(os.path.expanduser(source)))
+    for folder in (path, path.parent.parent):  # WORKDIR, WORKDIR/checkpoints/NAME
+        theirs = _tokenizer_of(folder)
+        if theirs not in (None, data.info.tokenizer_sha256):
+            raise ValueError(
+                f"config.training.initial_checkpoint is {source}: the run in {folder} had another "
+                f"tokenizer (sha256 {theirs[:12]}…) than {data.path} "
+                f"({data.info.tokenizer_sha256[:12]}…): prepare the data with that one"
+            )
+
+
+def _tokenizer_of(workdir):
+    """SHA-256 of a run's tokenizer; None if there is no run, or it does not say."""
+    try:
+        return json.loads((workdir / "config.json").read_text())["tokenizer_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def finished_record(workdir, config):
@@ -151,7 +277,7 @@ def write_config(workdir, config, *, data, peak):
     content = {
         "config": dataclasses.asdict(config),
         "data_path": str(data_path),
-        "tokenizer_sha256": data.info.tokenizer_sha256,
+        **_identity(data),
         "expert_backend": expert_backend(config.model),
         "peak_flops_per_device": peak[0],
         "peak_flops_source": peak[1],

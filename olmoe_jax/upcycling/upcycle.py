@@ -226,14 +226,9 @@ def _check_hashes(dense, state, announce):
     """Recomputes the input's hashes, where it has any: a copy would make damage look sound."""
     if state is not None:
         return  # done when it was opened
-    path = epath.Path(dense.path)
-    if not (path / manifest.FOLDER).is_dir():
-        return
-    announce(f"verifying the hashes of {path}")
-    if dense.folder is not None:
-        sources.check_hashes(dense)
-    else:
-        reading.check_hashes(path, reading.PARAMS, manifest.read(path))
+    if (epath.Path(dense.path) / manifest.FOLDER).is_dir():
+        announce(f"verifying the hashes of {dense.path}")
+        sources.verify(dense)
 
 
 def _content(path):

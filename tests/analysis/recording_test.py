@@ -13,7 +13,7 @@ from olmoe_jax import checkpoints, config
 from olmoe_jax.analysis import layerwise, recording, sinks, suites, trace
 from olmoe_jax.analysis import texts as texts_lib
 from olmoe_jax.data import tokenizer as tokenizer_lib
-from olmoe_jax.porting import sources
+from olmoe_jax.porting import port, sources
 from tests.analysis import models
 from tests.porting import foreign, tiny
 
@@ -69,6 +69,16 @@ def _agrees(got, want):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name), name)
     np.testing.assert_allclose(got.weights, want.weights, atol=FP32)
     np.testing.assert_allclose(got.losses, want.losses, rtol=1e-5)
+
+
+def test_weights_that_are_not_as_they_were_written_are_not_recorded(model, tmp_path):
+    port.port(model, tmp_path / "tiny", to="orbax", announce=tiny.quiet)
+    manifest = tmp_path / "tiny" / "manifest" / "process_0.json"
+    content = json.loads(manifest.read_text())
+    content["leaves"]["layers/01/moe/w_up"]["pieces"][0]["sha256"] = "0" * 64
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(checkpoints.DamagedError, match=r"arrays damaged \(layers/01/moe/w_up\)"):
+        models.record(tmp_path / "tiny", models.three_texts(), accumulate=models.Blocks)
 
 
 @pytest.mark.parametrize("streamed", [False, True])

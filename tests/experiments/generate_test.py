@@ -20,8 +20,8 @@ PROMPT = "the third document"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A workdir `run` with one checkpoint, its data's tokenizer in `data`, and the same checkpoint
-    alone in `alone`."""
+    """A workdir `run` with one checkpoint, its data's tokenizer in `data`, the same checkpoint
+    alone in `alone`, and in `damaged` with an array that is not what its hash says."""
     folder = tmp_path_factory.mktemp("generate")
     texts = [f"document {n} says {n * 7919 % 1009} things of the third" for n in range(97)]
     tokenizer = tokenizer_lib.train(texts, vocab_size=281)
@@ -43,6 +43,11 @@ def folder(tmp_path_factory):
     (folder / "run" / "config.json").write_text(json.dumps(content))
     name = checkpoints.list_checkpoints(folder / "run")[0][1].name
     shutil.copytree(folder / "run" / "checkpoints" / name, folder / "alone" / name)
+    shutil.copytree(folder / "alone", folder / "damaged")
+    manifest = folder / "damaged" / name / "manifest" / "process_0.json"
+    content = json.loads(manifest.read_text())
+    content["leaves"]["embedding"]["pieces"][0]["sha256"] = "0" * 64
+    manifest.write_text(json.dumps(content))
     return folder
 
 
@@ -75,6 +80,10 @@ ERRORS = {
     "no prompt": (["--model={0}/run"], "--prompt is required"),
     "no such model": (["--model={0}/typo", "--prompt=a"], "typo: no such directory; expected"),
     "no tokenizer": (["--model={0}/alone/{1}", "--prompt=a"], "pass --tokenizer=FILE"),
+    "damaged weights": (
+        ["--model={0}/damaged/{1}", "--tokenizer={0}/data", "--prompt=a"],
+        "arrays damaged (embedding)",
+    ),
     "too long": (
         ["--model={0}/alone/{1}", "--tokenizer={0}/data", "--prompt=a b c d e f g h"],
         "tokens and 32 are to be added: the model's max_length is 40",

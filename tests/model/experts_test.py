@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
+from jax.sharding import NamedSharding, PartitionSpec
 
 from olmoe_jax import grouped_matmul
 from olmoe_jax.model import experts, routing
@@ -206,6 +208,32 @@ def test_capacity_drops_the_choices_that_a_loop_drops(group, factor):
     )
     want = oracles.experts(*_flat(x, np.where(kept, ids, -1), factors), weights).reshape(x.shape)
     _close(y, want, FP32_SUM)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 1, 1, 8)], ids=["data 8", "tensor 8"])
+@pytest.mark.parametrize("token_local", [True, False], ids=["token_choice", "expert_choice"])
+def test_on_several_tpus_a_kernel_runs_on_each_devices_tokens_or_not_at_all(sizes, token_local):
+    """Lowering refuses a kernel that would be left to the compiler to split."""
+    b, slots = 8, 8 * LENGTH * E
+    names = ("data", "fsdp", "expert", "tensor")
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()).reshape(sizes), names)
+
+    def f(x, ids, factors, weights):
+        routed = routing.Routing(None, ids, factors, slots if token_local else slots - 1)
+        options = {"backend": "megablox", "capacity_factor": 1.0, "group": 0}
+        return experts.compute(x, routed, weights, **options)
+
+    def array(*shape, dtype=jnp.float32, split=True):
+        spec = PartitionSpec(names[:3]) if split else PartitionSpec()
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    shape = (b, LENGTH, E)
+    arguments = array(b, LENGTH, D), array(*shape, dtype=jnp.int32), array(*shape)
+    weights = {name: array(*w.shape, split=False) for name, w in _weights(0).items()}
+    grad = jax.grad(lambda *a: jnp.sum(f(*a)), argnums=3)
+    with jax.set_mesh(mesh):
+        exported = export.export(jax.jit(grad), platforms=["tpu"])(*arguments, weights)
+    assert ("tpu_custom_call" in exported.mlir_module()) == token_local
 
 
 def test_capacity_rows():

@@ -39,7 +39,7 @@ def test_a_profile_tells_the_parts_of_a_step_apart(tmp_path):
         profile.after(step, metrics)
         assert bool(said) == (step >= 5)
     profile.close()
-    (text,) = said
+    (text,) = said  # closing adds nothing
     shares = {line[2:17].strip(): float(line[17:].rstrip("%")) for line in text.splitlines()[1:]}
     assert set(shares) >= {"optimizer", "head and loss", "experts", "attention", "router", "norms"}
     assert sum(shares.values()) == pytest.approx(100, abs=0.5)
@@ -73,8 +73,21 @@ def test_no_directory_profiles_nothing_and_a_file_is_refused(tmp_path):
 
 
 def test_a_run_that_ends_early_closes_its_trace(tmp_path):
-    profile = profiling.Profile(tmp_path, pytest.fail)
+    said = []
+    profile = profiling.Profile(tmp_path, said.append)
     profile.before(profiling.SKIPPED)
     profile.close()
     with jax.profiler.trace(str(tmp_path / "next")):  # refused while another trace runs
         pass
+    assert len(said) == 1
+
+
+def test_a_run_with_too_few_steps_says_that_there_is_no_profile(tmp_path):
+    said = []
+    profile = profiling.Profile(tmp_path, said.append)
+    profile.before(0)
+    profile.after(0, None)
+    profile.close()
+    profile.close()
+    (line,) = said
+    assert line.startswith(f"no profile in {tmp_path}: it is of steps 4 to 6 of this process")

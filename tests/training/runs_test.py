@@ -1,12 +1,14 @@
 """What is refused before any work: configs, data and workdirs that do not fit together."""
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import pytest
 
 from olmoe_jax.data import pipeline
-from olmoe_jax.training import loop
+from olmoe_jax.training import loop, runs
 
 
 def train(run, workdir, announce=lambda line: None, **options):
@@ -86,3 +88,104 @@ def test_a_mistyped_initial_checkpoint_is_refused_by_a_dry_run(tmp_path, make_ru
     run = make_run(training=dict(initial_checkpoint=str(tmp_path / "nowhere")))
     with pytest.raises(FileNotFoundError, match="nowhere: no such directory"):
         train(run, tmp_path / "run", dry_run=True)
+
+
+def begun(workdir, run):
+    """A workdir as it is when its run has begun."""
+    runs.write_config(workdir, run, data=pipeline.open(run.data.path), peak=(1.0, "a test"))
+
+
+def change(file, **values):
+    """Sets values of a JSON file; None removes one."""
+    content = json.loads(file.read_text()) | values
+    kept = {name: value for name, value in content.items() if value is not None}
+    file.write_text(json.dumps(kept))
+
+
+def test_a_run_resumes_with_its_data_wherever_they_lie_and_with_no_other(
+    tmp_path, make_run, prepared
+):
+    workdir, moved = tmp_path / "run", tmp_path / "moved"
+    begun(workdir, make_run())
+    shutil.copytree(prepared, moved)
+    run = make_run(data=dict(path=str(moved), tokenizer=str(moved / "tokenizer.json")))
+    train(run, workdir, dry_run=True)
+    run = make_run(data=dict(path=str(moved)))
+    change(moved / "info.json", skipped_records=7)
+    with pytest.raises(ValueError, match=r"moved: other data than the run in .*run began with"):
+        train(run, workdir, dry_run=True)
+    change(moved / "info.json", tokenizer_sha256="0" * 64)
+    with pytest.raises(ValueError, match="moved: made with another tokenizer than the run in"):
+        train(run, workdir, dry_run=True)
+    # Of an older version only the path, and the tokenizer, tell data apart.
+    change(workdir / "config.json", data_sha256=None)
+    with pytest.raises(ValueError, match="another configuration.*config.data.path"):
+        train(run, workdir, dry_run=True)
+    train(make_run(), workdir, dry_run=True)
+
+
+def test_two_processes_do_not_train_in_one_workdir(tmp_path, make_run):
+    with runs.alone(tmp_path / "run"):
+        with pytest.raises(ValueError, match="run: another process is training in it"):
+            train(make_run(), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    with runs.alone(tmp_path / "run"):
+        pass
+
+
+def test_a_run_with_a_state_no_longer_needs_what_it_began_from(tmp_path, make_run):
+    workdir, source = tmp_path / "run", str(tmp_path / "gone")
+    run = make_run(training=dict(initial_checkpoint=source))
+    begun(workdir, run)
+    with pytest.raises(FileNotFoundError, match="gone: no such directory"):
+        train(run, workdir, dry_run=True)
+    (workdir / "resume" / "step3-tokens0K").mkdir(parents=True)
+    lines = []
+    for named in (source, None, "elsewhere"):
+        run = make_run(training=dict(initial_checkpoint=named))
+        train(run, workdir, dry_run=True)
+        resumed = runs.check_workdir(workdir, run, lines.append)
+        assert resumed.training.initial_checkpoint == source
+    (line,) = lines
+    assert line.startswith("note: the run resumes; config.training.initial_checkpoint, which was")
+
+
+@pytest.fixture
+def finished(tmp_path, make_run):
+    """The workdir of a run, with nothing in its checkpoint but the config."""
+    workdir, run = tmp_path / "finished", make_run()
+    begun(workdir, run)
+    kept = workdir / "checkpoints" / "step12-tokens1K"
+    (kept / "params").mkdir(parents=True)
+    record = {"config": dataclasses.asdict(run), "step": 12}
+    (kept / "config.json").write_text(json.dumps(record))
+    return workdir
+
+
+def test_a_start_from_a_run_with_another_tokenizer_is_refused(tmp_path, make_run, finished):
+    for source in (finished, finished / "checkpoints" / "step12-tokens1K"):
+        run = make_run(training=dict(initial_checkpoint=str(source)))
+        change(finished / "config.json", tokenizer_sha256="0" * 64)
+        with pytest.raises(ValueError, match="finished had another tokenizer .sha256 000000000000"):
+            train(run, tmp_path / "run", dry_run=True)
+        change(finished / "config.json", tokenizer_sha256=None)
+        train(run, tmp_path / "run", dry_run=True)
+
+
+def test_moments_from_what_is_no_train_state_are_refused_by_a_dry_run(tmp_path, make_run, finished):
+    for source in (finished, finished / "checkpoints" / "step12-tokens1K"):
+        start = dict(initial_checkpoint=str(source), initial_optimizer_state=True)
+        with pytest.raises(FileNotFoundError, match="no train state; expected a step directory"):
+            train(make_run(training=start), tmp_path / "run", dry_run=True)
+
+
+@pytest.mark.parametrize("content", [{"config": 3}, {"config": {"model": 3}}, [1], {}])
+def test_a_config_json_of_another_shape_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="config.json: not a config.json of this version"):
+        runs.read_config(tmp_path)
+
+
+def test_a_workdir_with_a_name_that_orbax_cannot_write_to_is_refused(tmp_path, make_run):
+    refused(make_run, tmp_path / "a*b", r"a\*b: no checkpoint can be written where a path has a \*")
+    assert list(tmp_path.iterdir()) == []

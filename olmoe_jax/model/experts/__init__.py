@@ -15,6 +15,7 @@ Letters: t tokens, d d_model, e experts, f d_ff, k chosen experts.
 
 import difflib
 import functools
+import warnings
 
 import jax
 from jax.sharding import PartitionSpec
@@ -30,6 +31,10 @@ BACKENDS = {
 }
 
 SAVED_NAMES = grouped.SAVED_NAMES
+
+# Pallas kernels: the compiler does not split them over devices, so on several they run within a
+# `shard_map` or not at all.
+KERNELS = ("megablox", "tokamax")
 
 
 def resolve(backend, platform=None) -> str:
@@ -52,6 +57,15 @@ def resolve(backend, platform=None) -> str:
     return backend
 
 
+@functools.cache  # once
+def _warn_of_loop(backend):
+    warnings.warn(
+        f"experts run as a plain loop, not with {backend}, which several devices can only run each "
+        "on its own tokens: not under expert choice, and not for a batch that they do not divide",
+        stacklevel=3,
+    )
+
+
 def compute(x, routing, weights, *, backend, capacity_factor, group):
     """Weighted sum of the chosen experts' outputs.
 
@@ -59,7 +73,9 @@ def compute(x, routing, weights, *, backend, capacity_factor, group):
       x: [b, l, d], the compute dtype.
       routing: `routing.Routing` of the same tokens.
       weights: dict of w_gate [e, d, f], w_up [e, d, f], w_down [e, f, d]; rounded to x's dtype for
-        the products.
+        the products. Their gradients are not, but for `dense` and `capacity`, and where the devices
+        split the batch: there weights are rounded before they are gathered, and each device's part
+        of a gradient before the parts are added.
       backend: a key of BACKENDS, or "auto".
       capacity_factor, group: for the dropping backend: rows per expert relative to balance, and the
         consecutive sequences (0: the whole batch) over which they are counted.
@@ -74,7 +90,11 @@ def compute(x, routing, weights, *, backend, capacity_factor, group):
     token_local = routing.num_slots == routing.expert_ids.size
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else sharding.batch_shards(mesh)
-    sharded = is_grouped and shards > 1 and b % shards == 0 and token_local
+    kernel = name in KERNELS and not mesh.empty and mesh.size > 1
+    sharded = is_grouped and (shards > 1 or kernel) and b % shards == 0 and token_local
+    if kernel and not sharded:
+        _warn_of_loop(name)
+        name = "loop"
     if not is_grouped:
         factors = factors.astype(x.dtype)
     if not is_grouped or sharded:  # before they are gathered; `grouped` casts by itself

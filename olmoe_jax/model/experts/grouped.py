@@ -24,7 +24,8 @@ def compute(x, expert_ids, weights, w_gate, w_up, w_down, *, num_slots, backend)
     """See `experts.compute`; x is [t, d], expert_ids and weights [t, k].
 
     Expert weights may be wider than x: they are rounded to x's dtype for the products, and their
-    gradients come out unrounded.
+    gradients come out in their own dtype, unrounded. (`experts.compute` hands weights in x's dtype
+    to the devices between which it splits a batch: there each device's gradient is rounded.)
     """
     rows = slots.sort_by_expert(
         expert_ids, weights, num_slots=num_slots, num_experts=w_gate.shape[0]
