@@ -24,6 +24,7 @@ def _cost(measure, paper):
 STUDY = studies.Study(
     name="moe_vs_dense",
     question="Does a Mixture of Experts learn more than a dense model of equal active parameters?",
+    max_seeds=5,
     arms=(
         studies.Arm(
             name="dense",
