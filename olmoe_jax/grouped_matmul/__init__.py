@@ -4,10 +4,12 @@ Two functions, `matmul` and `outer`, with one module per backend behind them. Ro
 group: group g owns `counts[g]` rows behind those of the groups before it. Rows beyond sum(counts)
 belong to nobody: their results are zero, whatever they hold. `counts` is data: nothing is compiled
 again for another load, and no load is dropped. Rows may be given as ids into an array, each token
-standing there once: the backends in `GATHERING` then read them where they lie.
+standing there once: the backends in `GATHERING` then read them where they lie. `matmuls`,
+`matmul_sum` and `outers` are several products that share their rows or their result: a backend with
+such a function does them at once.
 
-To add a backend, write a module with the same two functions and name it in `BACKENDS`. Which one
-"auto" takes, and why: README.md beside this file.
+To add a backend, write a module with the two functions and name it in `BACKENDS`. Which one "auto"
+takes, and why: README.md beside this file.
 
 Letters: n rows, e groups, d and f widths.
 """
@@ -17,6 +19,7 @@ import importlib
 import warnings
 
 import jax
+import jax.numpy as jnp
 
 # Name → module; imported when first used, as some need a library.
 BACKENDS = {
@@ -26,11 +29,11 @@ BACKENDS = {
     "megablox": "megablox",
     "tokamax": "tokamax",
 }
-# Those whose functions take ids and `init`; for the others rows are gathered first.
+# Those whose functions take ids; for the others rows are gathered first.
 GATHERING = ("loop", "kernel")
 
 
-def matmul(rows, weights, counts, *, row_ids=None, init=None, transpose=False, backend):
+def matmul(rows, weights, counts, *, row_ids=None, transpose=False, backend):
     """Each row times its group's matrix.
 
     Args:
@@ -38,7 +41,6 @@ def matmul(rows, weights, counts, *, row_ids=None, init=None, transpose=False, b
       weights: [e, d, f], the rows' dtype.
       counts: int32 [e], rows of each group; their sum must not exceed n.
       row_ids: int32 [n] or None: the rows are `rows[row_ids]`.
-      init: like the result, or None: the products are added to it.
       transpose: multiply by the transposed matrices.
       backend: a key of BACKENDS.
     Returns:
@@ -46,9 +48,27 @@ def matmul(rows, weights, counts, *, row_ids=None, init=None, transpose=False, b
     """
     function = _module(backend).matmul
     if backend in GATHERING:
-        return function(rows, weights, counts, row_ids=row_ids, init=init, transpose=transpose)
-    out = function(_gathered(rows, row_ids), weights, counts, transpose=transpose)
-    return out if init is None else init + out
+        return function(rows, weights, counts, row_ids=row_ids, transpose=transpose)
+    return function(_gathered(rows, row_ids), weights, counts, transpose=transpose)
+
+
+def matmuls(rows, weights, counts, *, row_ids=None, transpose=False, backend):
+    """`matmul` of the same rows with each of a sequence of weights: a list of results."""
+    options = {"row_ids": row_ids, "transpose": transpose}
+    if at_once := getattr(_module(backend), "matmuls", None):
+        return at_once(rows, weights, counts, **options)
+    return [matmul(rows, w, counts, **options, backend=backend) for w in weights]
+
+
+def matmul_sum(rows, weights, counts, *, transpose=False, backend):
+    """Σ over i of `matmul(rows[i], weights[i])`: two sequences of equal length, one result."""
+    if at_once := getattr(_module(backend), "matmul_sum", None):
+        return at_once(rows, weights, counts, transpose=transpose)
+    terms = (
+        matmul(r, w, counts, transpose=transpose, backend=backend)
+        for r, w in zip(rows, weights, strict=True)
+    )
+    return functools.reduce(jnp.add, terms)
 
 
 def outer(left, right, counts, *, left_ids=None, right_ids=None, dtype, backend):
@@ -68,6 +88,14 @@ def outer(left, right, counts, *, left_ids=None, right_ids=None, dtype, backend)
         return function(left, right, counts, left_ids=left_ids, right_ids=right_ids, dtype=dtype)
     left, right = _gathered(left, left_ids), _gathered(right, right_ids)
     return function(left, right, counts, dtype=dtype)
+
+
+def outers(left, rights, counts, *, left_ids=None, right_ids=None, dtype, backend):
+    """`outer` of the same left rows with each of a sequence of right ones: a list of results."""
+    options = {"left_ids": left_ids, "right_ids": right_ids, "dtype": dtype}
+    if at_once := getattr(_module(backend), "outers", None):
+        return at_once(left, rights, counts, **options)
+    return [outer(left, right, counts, **options, backend=backend) for right in rights]
 
 
 def resolve(platform=None) -> str:

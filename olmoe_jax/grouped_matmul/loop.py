@@ -28,16 +28,34 @@ SIXTEENTHS = (2, 4, 8, 12, 14, 16, 18, 24)
 STATIC_SIZE = 128  # rows, elsewhere than on CPU
 
 
-def matmul(rows, weights, counts, *, row_ids=None, init=None, transpose=False):
+def matmul(rows, weights, counts, *, row_ids=None, transpose=False):
     """See `grouped_matmul.matmul`."""
-    function = functools.partial(_matmul, transpose=transpose)
-    return _by_platform(function, (rows, row_ids), weights, counts, init)
+    return matmuls(rows, (weights,), counts, row_ids=row_ids, transpose=transpose)[0]
+
+
+def matmuls(rows, weights, counts, *, row_ids=None, transpose=False):
+    """See `grouped_matmul.matmuls`; the rows are cut out once."""
+    table = [[w] for w in weights]
+    function = functools.partial(_matmuls, transpose=transpose)
+    return _by_platform(function, [(rows, row_ids)], table, counts)
+
+
+def matmul_sum(rows, weights, counts, *, transpose=False):
+    """See `grouped_matmul.matmul_sum`; the sum is written once."""
+    function = functools.partial(_matmuls, transpose=transpose)
+    return _by_platform(function, [(r, None) for r in rows], [list(weights)], counts)[0]
 
 
 def outer(left, right, counts, *, left_ids=None, right_ids=None, dtype):
     """See `grouped_matmul.outer`."""
-    function = functools.partial(_outer, dtype=dtype)
-    return _by_platform(function, (left, left_ids), (right, right_ids), counts)
+    return outers(left, (right,), counts, left_ids=left_ids, right_ids=right_ids, dtype=dtype)[0]
+
+
+def outers(left, rights, counts, *, left_ids=None, right_ids=None, dtype):
+    """See `grouped_matmul.outers`; the left rows are cut out and transposed once."""
+    function = functools.partial(_outers, dtype=dtype)
+    rights = [(right, right_ids) for right in rights]
+    return _by_platform(function, (left, left_ids), rights, counts)
 
 
 def _by_platform(function, *arrays):
@@ -48,39 +66,57 @@ def _by_platform(function, *arrays):
     )
 
 
-def _matmul(over_blocks, rows, weights, counts, init, *, transpose):
-    rows, dtype = _Rows.of(*rows), weights.dtype
-    n = rows.count
+def _matmuls(over_blocks, rows, weights, counts, *, transpose):
+    """[Σ over i of rows[i] times weights[j][i], for every j]: all in one loop."""
+    dtype = weights[0][0].dtype
+    rows = [_Rows.of(*r) for r in rows]
+    n = rows[0].count
     multiply, width = (_dot_transposed, 1) if transpose else (_dot, 2)
-    weights = _bits(weights)
+    weights = [[_bits(w) for w in row] for row in weights]
 
-    def body(block, out):
+    def body(block, outs):
         at, own = _position(block, n)
-        w = lax.dynamic_index_in_dim(weights, block.group, keepdims=False)
-        y = multiply(_values(rows.cut(block), dtype), _values(w, dtype))
-        # Rows of other groups stay as they are: they may be done, or nobody's.
-        old = lax.dynamic_slice_in_dim(out, at, block.size)
-        if init is not None:
-            y = y + _values(old, dtype).astype(jnp.float32)
-        y = jnp.where(own, _bits(y.astype(dtype)), old)
-        return lax.dynamic_update_slice_in_dim(out, y, at, 0)
+        # Unmasked: each row's product is its own, and that of another group's is not kept.
+        cuts = [_values(r.cut(at, block.size), dtype) for r in rows]
 
-    out = jnp.zeros((n, weights.shape[width]), dtype) if init is None else init
-    return _values(over_blocks(counts, n, body, _bits(out)), dtype)
+        def updated(out, weights):
+            matrices = (_values(_of_group(w, block), dtype) for w in weights)
+            terms = (multiply(cut, w) for cut, w in zip(cuts, matrices, strict=True))
+            y = _bits(functools.reduce(jnp.add, terms).astype(dtype))
+            # Rows of other groups stay as they are: they may be done, or nobody's.
+            y = jnp.where(own, y, lax.dynamic_slice_in_dim(out, at, block.size))
+            return lax.dynamic_update_slice_in_dim(out, y, at, 0)
+
+        return [updated(*pair) for pair in zip(outs, weights, strict=True)]
+
+    outs = [_bits(jnp.zeros((n, w[0].shape[width]), dtype)) for w in weights]
+    return [_values(out, dtype) for out in over_blocks(counts, n, body, outs)]
 
 
-def _outer(over_blocks, left, right, counts, *, dtype):
+def _outers(over_blocks, left, rights, counts, *, dtype):
+    """[leftᵀ · right per group, for every right]: all in one loop."""
     operand_dtype = left[0].dtype
-    left, right = _Rows.of(*left), _Rows.of(*right)
-    n, shape = left.count, (counts.shape[0], left.width, right.width)
+    left, rights = _Rows.of(*left), [_Rows.of(*right) for right in rights]
+    n, e = left.count, counts.shape[0]
 
-    def body(block, out):
-        a, b = (_values(x.cut(block), operand_dtype) for x in (left, right))
-        old = lax.dynamic_index_in_dim(out, block.group, keepdims=False)
-        new = _dot(_transposed(a), b) + jnp.where(block.is_first, 0, old)
-        return lax.dynamic_update_index_in_dim(out, new, block.group, 0)
+    def body(block, outs):
+        at, own = _position(block, n)
 
-    return over_blocks(counts, n, body, jnp.zeros(shape, jnp.float32)).astype(dtype)
+        def cut(rows):  # zeros in place of other groups' rows
+            bits = rows.cut(at, block.size)
+            return _values(jnp.where(own, bits, jnp.zeros((), bits.dtype)), operand_dtype)
+
+        left_transposed = _transposed(cut(left))
+
+        def updated(out, right):
+            old = jnp.where(block.is_first, 0, _of_group(out, block))
+            new = _dot(left_transposed, cut(right)) + old
+            return lax.dynamic_update_index_in_dim(out, new, block.group, 0)
+
+        return [updated(*pair) for pair in zip(outs, rights, strict=True)]
+
+    outs = [jnp.zeros((e, left.width, right.width), jnp.float32) for right in rights]
+    return [out.astype(dtype) for out in over_blocks(counts, n, body, outs)]
 
 
 class _Block(typing.NamedTuple):
@@ -111,15 +147,12 @@ class _Rows(typing.NamedTuple):
     def width(self):
         return self.bits.shape[1]
 
-    def cut(self, block):
-        """The block's rows; zeros in place of other groups'."""
-        at, own = _position(block, self.count)
+    def cut(self, at, size):
+        """`size` rows from the one at `at` on."""
         if self.ids is None:
-            rows = lax.dynamic_slice_in_dim(self.bits, at, block.size)
-        else:
-            ids = lax.dynamic_slice_in_dim(self.ids, at, block.size)
-            rows = self.bits.at[ids].get(mode="clip")
-        return jnp.where(own, rows, jnp.zeros((), rows.dtype))
+            return lax.dynamic_slice_in_dim(self.bits, at, size)
+        ids = lax.dynamic_slice_in_dim(self.ids, at, size)
+        return self.bits.at[ids].get(mode="clip")
 
 
 def _over_sized_blocks(counts, n, body, carry):
@@ -181,6 +214,10 @@ def _position(block, n):
     at = jnp.minimum(block.start, n - block.size)
     row = at + jnp.arange(block.size)
     return at, ((row >= block.start) & (row < block.start + block.count))[:, None]
+
+
+def _of_group(array, block):
+    return lax.dynamic_index_in_dim(array, block.group, keepdims=False)
 
 
 def _dot(a, b):

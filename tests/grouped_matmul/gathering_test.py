@@ -1,4 +1,4 @@
-"""Rows named by ids, and products added to what is there: the same for every backend."""
+"""Rows named by ids, and products that share rows or a result: the same for every backend."""
 
 import functools
 
@@ -38,45 +38,61 @@ def _case(load, dtype):
     n = max(N, sum(counts) + 5)
     rng = np.random.default_rng(len(load))
     ids = rng.integers(0, T, n).astype(np.int32)
-    shapes = ((T, D), (n, F), (len(counts), D, F), (n, F))
+    weights_shape = (len(counts), D, F)
+    shapes = ((T, D), (n, F), (n, F), weights_shape, weights_shape)
     arrays = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
     return counts, n, ids, *arrays
 
 
-def _close(got, want, dtype):
-    scale = max(1.0, np.abs(want).max())
-    np.testing.assert_allclose(
-        np.asarray(got, np.float64), want, rtol=0, atol=TOLERANCE[dtype] * scale
-    )
+def _close(results, expected, dtype):
+    assert len(results) == len(expected)
+    for got, want in zip(results, expected, strict=True):
+        scale = max(1.0, np.abs(want).max())
+        np.testing.assert_allclose(
+            np.asarray(got, np.float64), want, rtol=0, atol=TOLERANCE[dtype] * scale
+        )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("load", LOADS)
 def test_rows_by_ids_are_the_rows_themselves(backend, load, dtype):
-    counts, n, ids, x, right, weights, init = _case(load, dtype)
+    counts, n, ids, x, *arrays = _case(load, dtype)
+    rights, weights = arrays[:2], arrays[2:]
     number = jnp.asarray(counts, jnp.int32)
     group = np.repeat(np.arange(len(counts) + 1), (*counts, n - sum(counts)))
-    wide = [np.asarray(a, np.float64) for a in (x, right, weights, init)]
-    rows, weights_of = wide[0][ids], np.concatenate([wide[2], np.zeros((1, D, F))])
-
-    matmul = functools.partial(grouped_matmul.matmul, backend=backend)
-    want = np.einsum("nd,ndf->nf", rows, weights_of[group])
-    _close(matmul(x, weights, number, row_ids=ids), want, dtype)
-    _close(matmul(x, weights, number, row_ids=ids, init=init), wide[3] + want, dtype)
-    plain = matmul(x[ids], weights, number, init=init)
-    _close(plain, wide[3] + want, dtype)
-
-    outer = functools.partial(grouped_matmul.outer, dtype=jnp.float32, backend=backend)
     own = np.eye(len(counts) + 1)[group][:, : len(counts)]
-    want = np.einsum("ne,nd,nf->edf", own, rows, wide[1])
-    _close(outer(x, right, number, left_ids=ids), want, dtype)
-    _close(outer(right, x, number, right_ids=ids), want.swapaxes(1, 2), dtype)
+    wide_rows, *wide = (np.asarray(a, np.float64) for a in (x[ids], *rights, *weights))
+
+    matmuls = functools.partial(grouped_matmul.matmuls, backend=backend)
+    want = [np.einsum("ne,nd,edf->nf", own, wide_rows, w) for w in wide[2:]]
+    one = grouped_matmul.matmul(x, weights[0], number, row_ids=ids, backend=backend)
+    _close([one], want[:1], dtype)
+    _close(matmuls(x, weights, number, row_ids=ids), want, dtype)
+    _close(matmuls(x[ids], weights, number), want, dtype)
+
+    for transpose, rows, dims in (
+        (True, rights, "nf,edf->nd"),
+        (False, [x[ids]] * 2, "nd,edf->nf"),
+    ):
+        pairs = zip((np.asarray(r, np.float64) for r in rows), wide[2:], strict=True)
+        want = sum(np.einsum(f"ne,{dims}", own, r, w) for r, w in pairs)
+        total = grouped_matmul.matmul_sum(
+            rows, weights, number, transpose=transpose, backend=backend
+        )
+        _close([total], [want], dtype)
+
+    outers = functools.partial(grouped_matmul.outers, dtype=jnp.float32, backend=backend)
+    want = [np.einsum("ne,nd,nf->edf", own, wide_rows, right) for right in wide[:2]]
+    _close(outers(x, rights, number, left_ids=ids), want, dtype)
+    for right, product in zip(rights, want, strict=True):
+        swapped = outers(right, [x], number, right_ids=ids)
+        _close(swapped, [product.swapaxes(1, 2)], dtype)
 
 
 def test_an_id_beyond_the_rows_is_an_error_of_the_kernel_not_a_crash():
     if reason := grouped_matmul.missing("kernel"):
         pytest.skip(reason)
-    counts, _, ids, x, right, weights, _ = _case("spread", "float32")
+    counts, _, ids, x, right, _, weights, _ = _case("spread", "float32")
     number = jnp.asarray(counts, jnp.int32)
     for bad in (T, -1, 2**31 - 1):
         ids[7] = bad

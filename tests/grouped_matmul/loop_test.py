@@ -114,6 +114,17 @@ def test_nan_stays_in_its_group(structure):
         _check([product], expected[2:], FP32_SUM)
 
 
+def test_a_row_of_nan_spoils_no_other_row(structure):
+    counts = ADVERSARIES["spare rows"]
+    rows, weights, other = _inputs(10)
+    expected = _reference(rows, weights, other, counts)
+    rows, other = (a.at[7].set(jnp.nan) for a in (rows, other))
+    products = _all_three(rows, weights, other, jnp.array(counts, jnp.int32))[:2]
+    for result, want in zip(products, expected, strict=False):
+        assert np.isnan(result[7]).all()
+        _check([np.delete(result, 7, axis=0)], [np.delete(want, 7, axis=0)], FP32_SUM)
+
+
 def test_another_load_compiles_nothing(compilations):
     inputs = _inputs(6)
     _all_three(*inputs, jnp.array(ADVERSARIES["balanced"], jnp.int32))
@@ -172,6 +183,25 @@ def test_elsewhere_than_on_cpu_each_product_is_one_loop():
         module = jax.export.export(_all_three, platforms=[platform])(*shapes).mlir_module()
         dots[platform] = module.count("stablehlo.dot_general")
     assert dots == {"cpu": 3 * len(loop._sizes(N, E)), "cuda": 3}
+
+
+def test_products_that_share_rows_share_a_loop_and_its_cuts():
+    rows, weights, other = _inputs(0)
+    ids, counts = jnp.zeros(N, jnp.int32), jnp.zeros(E, jnp.int32)
+    products = {
+        "matmuls": lambda w, o: loop.matmuls(rows, w, counts, row_ids=ids),
+        "outers": lambda w, o: loop.outers(rows, o, counts, left_ids=ids, dtype=jnp.float32),
+        "matmul_sum": lambda w, o: loop.matmul_sum(o, w, counts, transpose=True),
+    }
+    for name, function in products.items():
+        seen = []
+        for many in (1, 2):
+            lowered = jax.export.export(jax.jit(function))([weights] * many, [other] * many)
+            text = lowered.mlir_module()
+            operations = ("while", "gather", "transpose", "dot_general")
+            seen.append([text.count(f"stablehlo.{operation}") for operation in operations])
+        (*one, dots), (*two, twice) = seen
+        assert one == two and twice == 2 * dots, name
 
 
 @hypothesis.given(

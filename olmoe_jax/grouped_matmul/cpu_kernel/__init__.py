@@ -20,9 +20,11 @@ COMMAND = "python -m olmoe_jax.grouped_matmul.cpu_kernel"
 
 
 def matmul(rows, weights, counts, *, row_ids=None, init=None, transpose=False, instructions=""):
-    """See `grouped_matmul.matmul`; `init` is added to in place if nothing else needs it.
+    """See `grouped_matmul.matmul`.
 
     Args:
+      init: like the result, or None: the products are added to it, in place if nothing else needs
+        it.
       instructions: one of INSTRUCTIONS, default the best here.
     Raises:
       ValueError: shapes or dtypes do not fit each other, or the kernel is `missing`.
@@ -42,6 +44,14 @@ def matmul(rows, weights, counts, *, row_ids=None, init=None, transpose=False, i
         init,
         attributes=dict(transpose=transpose, instructions=instructions),
     )
+
+
+def matmul_sum(rows, weights, counts, *, transpose=False):
+    """See `grouped_matmul.matmul_sum`: each product is added to those before it, in place."""
+    out = None
+    for r, w in zip(rows, weights, strict=True):
+        out = matmul(r, w, counts, init=out, transpose=transpose)
+    return out
 
 
 def outer(left, right, counts, *, left_ids=None, right_ids=None, dtype, init=None, instructions=""):

@@ -43,11 +43,11 @@ def _ffn(backend, x, factors, weights, order):
 def _forward(backend, x, factors, weights, order):
     token_ids, of_choice, counts = order
     w_gate, w_up, w_down = (w.astype(x.dtype) for w in weights)
-    matmul = functools.partial(grouped_matmul.matmul, counts=counts, backend=backend)
-    gate = checkpoint_name(matmul(x, w_gate, row_ids=token_ids), "expert_gate")
-    up = checkpoint_name(matmul(x, w_up, row_ids=token_ids), "expert_up")
+    options = {"counts": counts, "backend": backend}
+    gate, up = grouped_matmul.matmuls(x, (w_gate, w_up), row_ids=token_ids, **options)
+    gate, up = checkpoint_name(gate, "expert_gate"), checkpoint_name(up, "expert_up")
     hidden = _weighted_swiglu(gate, up, factors).astype(x.dtype)
-    y = _add_to_tokens(matmul(hidden, w_down), of_choice)
+    y = _add_to_tokens(grouped_matmul.matmul(hidden, w_down, **options), of_choice)
     # The weights as they came: a scan over layers then does not store them a second time.
     return y, (x, factors, weights, order, gate, up)
 
@@ -55,22 +55,17 @@ def _forward(backend, x, factors, weights, order):
 def _backward(backend, residuals, d_y):
     x, factors, weights, (token_ids, of_choice, counts), gate, up = residuals
     w_gate, w_up, w_down = (w.astype(x.dtype) for w in weights)
-    matmul = functools.partial(
-        grouped_matmul.matmul, counts=counts, transpose=True, backend=backend
-    )
-    outer = functools.partial(
-        grouped_matmul.outer, counts=counts, dtype=weights[0].dtype, backend=backend
-    )
-    d_hidden = matmul(d_y, w_down, row_ids=token_ids)
+    options = {"counts": counts, "backend": backend}
+    d_hidden = grouped_matmul.matmul(d_y, w_down, row_ids=token_ids, transpose=True, **options)
     # In float32 until the products need the compute dtype.
     hidden, pull = jax.vjp(_weighted_swiglu, gate, up, factors)
     d_gate, d_up, d_factors = pull(d_hidden.astype(hidden.dtype))
+    outer_options = {"dtype": weights[0].dtype, **options}
     d_weights = (
-        outer(x, d_gate, left_ids=token_ids),
-        outer(x, d_up, left_ids=token_ids),
-        outer(hidden.astype(x.dtype), d_y, right_ids=token_ids),
+        *grouped_matmul.outers(x, (d_gate, d_up), left_ids=token_ids, **outer_options),
+        grouped_matmul.outer(hidden.astype(x.dtype), d_y, right_ids=token_ids, **outer_options),
     )
-    d_rows = matmul(d_up, w_up, init=matmul(d_gate, w_gate))
+    d_rows = grouped_matmul.matmul_sum((d_gate, d_up), (w_gate, w_up), transpose=True, **options)
     return _add_to_tokens(d_rows, of_choice), d_factors, d_weights, None
 
 
