@@ -31,8 +31,8 @@ def empty() -> Tally:
 
 def of_keys(keys) -> Tally:
     """The tally of keys in any order, uint32, as often as they occurred."""
-    # NumPy sorts integers of 32 bits with vector instructions, in 3 to 4 ns each: counting in a
-    # dense table of words × experts and looking for what is not zero takes as long and twice that.
+    # NumPy sorts integers of 32 bits with vector instructions, in 3 to 4 ns each with AVX-512:
+    # counting in a dense table of words × experts and finding its entries takes 1.7 times as long.
     keys = np.sort(keys)
     first = _starts(keys)
     return Tally(keys[first], np.diff(first, append=len(keys)).astype(np.uint32))

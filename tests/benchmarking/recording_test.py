@@ -19,7 +19,8 @@ TINY = config.ModelConfig(
     vocab_size=53, max_length=13, num_layers=2, d_model=32, num_heads=2, num_kv_heads=2, d_ff=16,
     num_experts=7, num_experts_per_token=2, qk_norm=True,
 )  # fmt: skip
-TOKENS = recording.WINDOWS * 13
+WINDOWS = 2
+TOKENS = WINDOWS * 13
 
 # Answers with the choices in a file beside it; notes what it was asked.
 FAKE = """
@@ -51,6 +52,7 @@ serving.serve({{"open": open_, "tune": tune, "record": record}})
 
 @pytest.fixture
 def options(monkeypatch, tmp_path):
+    monkeypatch.setattr(recording, "WINDOWS", WINDOWS)
     monkeypatch.setattr(matmul_peak, "SIZE", 31)
     monkeypatch.setattr(matmul_peak, "SECONDS", 0.0)
     monkeypatch.setattr(rounds_lib, "FOREIGN_LIMIT", 1.0)
@@ -111,7 +113,7 @@ def test_a_peer_that_chooses_as_we_do_is_compared_with_and_without_loading(with_
     assert result["contestants"][recording.THEIRS]["loading"].median == 4
     asked = [json.loads(line) for line in (folder / "asked.jsonl").read_text().splitlines()]
     opened = asked[0]["open"]
-    assert (opened["k"], opened["rows"], opened["dtype"]) == (2, recording.WINDOWS, "float32")
+    assert (opened["k"], opened["rows"], opened["dtype"]) == (2, WINDOWS, "float32")
     assert asked[1:] == [{"record": "eager"}] * 2  # the other one does not run
     assert list((folder / "scratch").iterdir()) == []
     recording.show(result | {"preset": "tiny"})
