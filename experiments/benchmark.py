@@ -19,7 +19,7 @@ from olmoe_jax.benchmarking import options as options_lib
 # whether what was computed is right); imported when chosen, as JAX must find the allocator tuned.
 SUITES = (
     "matmul_peak", "moe_layer", "train_step", "maxtext_step", "experts", "layers", "data",
-    "checkpoint", "start_up", "port",
+    "checkpoint", "start_up", "port", "recording",
 )  # fmt: skip
 
 _DEFAULT = options_lib.Options()
@@ -39,8 +39,10 @@ _EXPERT_BACKEND = flags.DEFINE_string(
     "expert_backend", None, "How experts are computed; moe_layer, experts: default all."
 )
 _SHAPE = flags.DEFINE_string("shape", _DEFAULT.shape, "moe_layer: a, b2048 or b8192.")
-_PRESET = flags.DEFINE_string("preset", _DEFAULT.preset, "port: the architecture.")
-_NUM_LAYERS = flags.DEFINE_integer("num_layers", None, "port: fewer layers than the preset has.")
+_PRESET = flags.DEFINE_string("preset", _DEFAULT.preset, "port, recording: the architecture.")
+_NUM_LAYERS = flags.DEFINE_integer(
+    "num_layers", None, "port, recording: fewer layers than the preset has; recording: default 2."
+)
 _SHARDS = flags.DEFINE_integer("shards", _DEFAULT.shards, "port: files with weights, 1 or more.")
 _SCRATCH = flags.DEFINE_string(
     "scratch", _DEFAULT.scratch, "A folder for files, on the disk to measure; left as it was."

@@ -5,20 +5,26 @@ n mod GROUPS (loads: as good as single documents) and to fold n mod `folds` (pai
 vocabulary, whose counts are large). Memory, in bytes: 16 · groups · layers · experts for the
 loads, 16 · folds · layers · experts² for pairs, 8 for each distinct (fold, token, expert) of a
 vocabulary table; nothing grows with the number of tokens beyond these bounds.
+
+The layers of a block are counted in threads, one per core: NumPy counts and sorts without holding
+the interpreter's lock, and no two layers share an array.
 """
 
+import concurrent.futures
 import dataclasses
 import itertools
 
 import numpy as np
 
+from olmoe_jax import machine
 from olmoe_jax.analysis import tallies, trace
 
 GROUPS = 1000
 FOLDS = 10
 KINDS = ("input", "predicted", "next")
 RANKS = ("topk", "top1")
-_CELLS = 1 << 22  # of a dense table of words × experts: 32 MB
+_TOKENS = 1 << 16  # counted at once
+_KEYS = 1 << 21  # of pairs, counted at once in each thread: 16 MB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,24 +123,25 @@ class Counter:
             return
         _check(block, self.info)
         self._add_documents(block.documents)
-        size = max(1, _CELLS // self.info.num_experts)
-        for start in range(0, len(block), size):
-            self._add(trace.cut(block, slice(start, start + size)))
+        for start in range(0, len(block), _TOKENS):
+            self._add(trace.cut(block, slice(start, start + _TOKENS)))
 
     def _add(self, block):
         fold = (block.documents % self.folds).astype(np.int64)
-        # by fold, so that the tokens of a fold are one slice
-        order = np.argsort(fold, kind="stable")
-        bounds = np.searchsorted(fold[order], np.arange(self.folds + 1))
-        block, fold = trace.cut(block, order), fold[order]
         group = (block.documents % GROUPS).astype(np.int64)
         self._groups["group_tokens"] += np.bincount(group, minlength=GROUPS)
         words = self._words(block, fold)
-        for layer in range(len(self.info.layers)):
-            ids = np.ascontiguousarray(block.expert_ids[:, layer], np.int32)
+
+        def one(layer):
+            ids = np.ascontiguousarray(block.expert_ids[:, layer].T, np.int64)
+            none = bool((ids < 0).any())
+            self._add_words(layer, ids, words, none)
+            if none:
+                ids = np.where(ids < 0, self.info.num_experts, ids)
             self._add_loads(layer, ids, group)
-            self._add_pairs(layer, ids, bounds, fold)
-            self._add_words(layer, ids, words)
+            self._add_pairs(layer, ids, fold)
+
+        _in_threads(one, range(len(self.info.layers)))
         self._add_weights(block, group)
         self._add_paths(block.expert_ids[:, :, 0].astype(np.int64), fold)
         self._tokens += len(block)
@@ -150,7 +157,7 @@ class Counter:
         if self._vocabulary is not None:
             occurrences = {k: t for k, g in self._occurrences.items() if len(t := g.result())}
             vocabulary = {
-                name: tuple(growing.result() for growing in layers)
+                name: tuple(_in_threads(tallies.Growing.result, layers))
                 for name, layers in self._vocabulary.items()
                 if name[0] in occurrences
             }
@@ -171,11 +178,12 @@ class Counter:
         self._last = int(documents[-1])
 
     def _add_loads(self, layer, ids, group):
-        experts = self.info.num_experts
-        for name, chosen in (("group_topk", ids), ("group_top1", ids[:, :1])):
-            keys = (group[:, None] * experts + chosen)[chosen >= 0]
-            counted = np.bincount(keys, minlength=GROUPS * experts).reshape(GROUPS, experts)
-            self._groups[name][:, layer] += counted
+        """`ids` int64 [k, tokens]; here and in `_add_pairs` num_experts stands for no expert."""
+        width = self.info.num_experts + 1
+        for name, chosen in (("group_topk", ids), ("group_top1", ids[:1])):
+            keys = (group * width + chosen).reshape(-1)
+            counted = np.bincount(keys, minlength=GROUPS * width).reshape(GROUPS, width)
+            self._groups[name][:, layer] += counted[:, :-1]
 
     def _add_weights(self, block, group):
         if block.weights is None:
@@ -197,26 +205,38 @@ class Counter:
                     group, value[:, layer], minlength=GROUPS
                 )
 
-    def _add_pairs(self, layer, ids, bounds, fold):
-        experts = self.info.num_experts
-        # one column more, for the id −1 of a place that holds no expert
-        hot = np.zeros((len(ids), experts + 1), np.float32)
-        hot[np.arange(len(ids))[:, None], ids] = 1
-        hot, distinct = hot[:, :experts], 0
-        for part, (start, end) in enumerate(itertools.pairwise(bounds)):
-            pairs = (hot[start:end].T @ hot[start:end]).astype(np.int64)
-            self._pairs[part, layer] += pairs
-            distinct += int(np.trace(pairs))
-        if distinct != np.count_nonzero(ids >= 0):
+    def _add_pairs(self, layer, ids, fold):
+        experts, width = self.info.num_experts, self.info.num_experts + 1
+        loads = np.bincount((fold * width + ids).reshape(-1), minlength=self.folds * width)
+        first = (fold * width + ids) * width
+        adjacent = self._squares((first[:-1] + ids[1:]).reshape(-1))
+        pairs = adjacent.copy()
+        # of each two ranks the lower first, the other half of the square by symmetry
+        apart = [(a, b) for a, b in itertools.combinations(range(len(ids)), 2) if b > a + 1]
+        size = max(1, _KEYS // max(1, len(apart)))
+        for start in range(0, len(fold) if apart else 0, size):
+            part = slice(start, start + size)
+            keys = np.empty((len(apart), len(fold[part])), np.int64)
+            for row, (a, b) in zip(keys, apart, strict=True):
+                np.add(first[a, part], ids[b, part], out=row)
+            pairs += self._squares(keys.reshape(-1))
+        diagonal = np.arange(experts)
+        if pairs[:, diagonal, diagonal].any():
             raise ValueError(
                 f"{describe(self.info)}, layer {self.info.layers[layer]}: a token has one expert "
                 "twice"
             )
-        before, after = ids[:, :-1], ids[:, 1:]
-        keys = (fold[:, None] * experts + before) * experts + after
-        keys = keys[(before >= 0) & (after >= 0)]
-        counted = np.bincount(keys, minlength=self.folds * experts**2)
-        self._adjacent[:, layer] += counted.reshape(self.folds, experts, experts)
+        pairs += pairs.swapaxes(1, 2).copy()
+        pairs[:, diagonal, diagonal] = loads.reshape(self.folds, width)[:, :-1]
+        self._pairs[:, layer] += pairs
+        self._adjacent[:, layer] += adjacent
+
+    def _squares(self, keys):
+        """int64 [F, experts, experts]: how often each key (fold · width + a) · width + b is there,
+        width = experts + 1, where both are experts."""
+        width = self.info.num_experts + 1
+        counted = np.bincount(keys, minlength=self.folds * width**2)
+        return counted.reshape(self.folds, width, width)[:, :-1, :-1]
 
     def _add_paths(self, first, fold):
         experts = self.info.num_experts
@@ -227,8 +247,7 @@ class Counter:
             self._paths[:, path] += counted.reshape(self.folds, experts, experts)
 
     def _words(self, block, fold):
-        """kind → (which tokens have it or None for all, the key of each word in each fold that
-        occurs without its expert, rising in word, and the place among these of every token)."""
+        """kind → (which tokens have it or None for all, uint32: the key of each with expert 0)."""
         if self._vocabulary is None:
             return {}
         found, experts = {}, self.info.num_experts
@@ -244,32 +263,29 @@ class Counter:
                 )
             which, parts = (None, fold) if real.all() else (real, fold[real])
             tokens = tokens if which is None else tokens[which]
-            words, places, often = np.unique(
-                tokens * self.folds + parts, return_inverse=True, return_counts=True
-            )
-            tally = tallies.Tally(words.astype(np.uint32), often.astype(np.uint32))
-            self._occurrences[kind].add(tally)
-            keys = words // self.folds * (experts * self.folds) + words % self.folds
-            found[kind] = which, keys, places
+            self._occurrences[kind].add((tokens * self.folds + parts).astype(np.uint32))
+            found[kind] = which, (tokens * experts * self.folds + parts).astype(np.uint32)
         return found
 
-    def _add_words(self, layer, ids, words):
-        """Counts in a dense table of words × experts, of which a part is not zero: sorting the
-        keys of all tokens instead takes five times as long."""
-        experts = self.info.num_experts
-        for kind, (which, keys, places) in words.items():
-            chosen = ids if which is None else ids[which]
-            cells = (places * experts)[:, None] + chosen
-            whole = bool((chosen >= 0).all())
+    def _add_words(self, layer, ids, words, none):
+        """`ids` int64 [k, tokens]; `none`: whether some are −1."""
+        steps = (ids * self.folds).astype(np.uint32)
+        for kind, (which, keys) in words.items():
+            there = slice(None) if which is None else which
+            found = keys + steps[:, there]
             for rank, part in (("topk", slice(None)), ("top1", slice(1))):
-                counted = cells[:, part] if whole else cells[:, part][chosen[:, part] >= 0]
-                table = np.bincount(counted.reshape(-1), minlength=len(keys) * experts)
-                used = np.flatnonzero(table != 0)
-                tally = tallies.of_counts(
-                    (keys[used // experts] + used % experts * self.folds).astype(np.uint32),
-                    table[used].astype(np.uint32),
-                )
-                self._vocabulary[kind, rank][layer].add(tally)
+                counted = found[part].reshape(-1)
+                if none:
+                    counted = counted[(ids[part, there] >= 0).reshape(-1)]
+                elif rank == "top1":
+                    counted = counted.copy()  # a view would keep all ranks in memory
+                self._vocabulary[kind, rank][layer].add(counted)
+
+
+def _in_threads(function, items):
+    """[function(item), …] for items that share nothing that is written."""
+    with concurrent.futures.ThreadPoolExecutor(machine.cores()) as pool:
+        return list(pool.map(function, items))
 
 
 def count(source, *, size=65536, **options) -> Counts:

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 _LIMIT = 2**32  # a key and its count share 64 bits, so that one sort orders both
-_PATIENCE = 1 << 17  # pairs that wait unmerged in each tally
+_PATIENCE = 1 << 19  # keys that wait uncounted in each tally: 2 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +29,13 @@ def empty() -> Tally:
     return Tally(np.zeros(0, np.uint32), np.zeros(0, np.uint32))
 
 
-def of_counts(keys, counts) -> Tally:
-    """The tally of keys that are all different, uint32, with their counts; quick if the keys are
-    nearly in order."""
-    packed = _pack(Tally(keys, counts))
-    packed.sort(kind="stable")
-    return Tally(*_unpack(packed))
+def of_keys(keys) -> Tally:
+    """The tally of keys in any order, uint32, as often as they occurred."""
+    # NumPy sorts integers of 32 bits with vector instructions, in 3 to 4 ns each with AVX-512:
+    # counting in a dense table of words × experts and finding its entries takes 1.7 times as long.
+    keys = np.sort(keys)
+    first = _starts(keys)
+    return Tally(keys[first], np.diff(first, append=len(keys)).astype(np.uint32))
 
 
 def merge(tallies) -> Tally:
@@ -50,7 +51,9 @@ def merge(tallies) -> Tally:
     packed.sort(kind="stable")  # which merges what is in order already: 40 times as fast
     keys, counts = _unpack(packed)
     first = _starts(keys)
-    totals = np.add.reduceat(counts, first, dtype=np.uint64)
+    # where runs are short, differences of sums are faster than `np.add.reduceat`
+    sums = np.cumsum(counts, dtype=np.uint64)[np.append(first[1:], len(keys)) - 1]
+    totals = np.diff(sums, prepend=np.uint64(0))
     if totals.max() >= _LIMIT:
         raise ValueError("a token went to one expert 2^32 times: count such a trace in parts")
     return Tally(keys[first], totals.astype(np.uint32))
@@ -72,21 +75,23 @@ def _starts(keys):
 
 
 class Growing:
-    """A tally under construction: merges when as much waits as is merged, so each pair is moved
-    a number of times that grows with the logarithm of the total."""
+    """A tally under construction: counts and merges when the keys that wait take as much memory as
+    the pairs that are merged, so each pair is moved a number of times that grows with the logarithm
+    of the total."""
 
     def __init__(self):
         self._merged, self._waiting, self._size = empty(), [], 0
 
-    def add(self, tally):
-        """Adds what another tally counted."""
-        self._waiting.append(tally)
-        self._size += len(tally)
-        if self._size > max(_PATIENCE, len(self._merged)):
+    def add(self, keys):
+        """Counts each of the keys, uint32 in any order."""
+        self._waiting.append(keys)
+        self._size += len(keys)
+        if self._size > max(_PATIENCE, 2 * len(self._merged)):
             self.result()
 
     def result(self) -> Tally:
         """The tally so far."""
-        self._merged = merge([self._merged, *self._waiting])
-        self._waiting, self._size = [], 0
+        if self._waiting:
+            self._merged = merge([self._merged, of_keys(np.concatenate(self._waiting))])
+            self._waiting, self._size = [], 0
         return self._merged

@@ -10,7 +10,7 @@ class Options:
     Attributes:
       rounds: undisturbed rounds; at most as many disturbed ones are repeated.
       scratch: a folder for files; left as it was.
-      preset, num_layers, shards: of the suite `port`.
+      preset, num_layers: of the suites `port` and `recording`; shards: of `port`.
       peer_python: interpreter of an environment that holds the peer; None: no peer.
       dtype: of the suites that compute: parameters, moments and products.
       expert_backend: how our experts are computed (`model.expert_backend`); None: "auto", and in

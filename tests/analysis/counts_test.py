@@ -52,10 +52,14 @@ def as_counter(array):
     return {tuple(map(int, i)): array[tuple(i)] for i in np.argwhere(array)}
 
 
-@pytest.mark.parametrize("missing", [0.0, 0.3])
-def test_counts_are_those_of_a_loop_over_tokens(missing):
-    source = synthetic.make_trace(layers=(0, 2, 3, 5), missing=missing, documents=1203, tokens=900)
-    counts = counts_lib.count(source, size=137, folds=3)
+@pytest.mark.parametrize("missing, k, size", [(0.0, 3, 137), (0.3, 3, 137), (0.1, 5, 900)])
+def test_counts_are_those_of_a_loop_over_tokens(missing, k, size, monkeypatch):
+    monkeypatch.setattr(counts_lib, "_TOKENS", 400)
+    monkeypatch.setattr(counts_lib, "_KEYS", 100)  # of the pairs of some 16 tokens
+    source = synthetic.make_trace(
+        layers=(0, 2, 3, 5), missing=missing, documents=1203, tokens=900, k=k
+    )
+    counts = counts_lib.count(source, size=size, folds=3)
     want = slow_counts(source, 3)
     for name in ("group_topk", "group_top1", "pairs", "adjacent", "paths"):
         assert as_counter(getattr(counts, name)) == dict(want[name]), name
@@ -123,6 +127,32 @@ def test_tallies_that_grow_past_their_patience_are_right(monkeypatch):
     few = counts_lib.count(source, size=31)
     monkeypatch.undo()
     assert_same(few, counts_lib.count(source))
+
+
+@pytest.mark.parametrize("cores", [1, 5])
+def test_layers_are_counted_in_threads_without_touching_each_other(cores, monkeypatch):
+    source = synthetic.make_trace(layers=tuple(range(6)), tokens=3000, missing=0.05)
+    monkeypatch.setattr(counts_lib.machine, "cores", lambda: cores)
+    found = counts_lib.count(source, size=500)
+    for place in range(6):
+        ids = source.tokens.expert_ids[:, [place]]
+        alone = counts_lib.count(
+            trace.MemoryTrace(
+                dataclasses.replace(source.info, layers=(place,)),
+                dataclasses.replace(source.tokens, expert_ids=ids, weights=None),
+            )
+        )
+        for name in ("topk", "top1", "group_topk"):
+            np.testing.assert_array_equal(
+                getattr(found, name)[..., place, :], getattr(alone, name)[..., 0, :]
+            )
+        for name in ("pairs", "adjacent"):
+            np.testing.assert_array_equal(
+                getattr(found, name)[:, place], getattr(alone, name)[:, 0]
+            )
+        for name, tallies in found.vocabulary.items():
+            np.testing.assert_array_equal(tallies[place].keys, alone.vocabulary[name][0].keys)
+            np.testing.assert_array_equal(tallies[place].counts, alone.vocabulary[name][0].counts)
 
 
 def test_pooled_domains_keep_their_documents_apart():
