@@ -266,13 +266,20 @@ def apply_head(norm, head, x, next_ids, *, config):
 def _head(norm, head, x, next_ids, *, config):
     hidden = norms.NORMS[config.norm](config.norm_eps).apply({"params": norm}, x)
 
-    def one(token):
-        h, target = token
-        logits = jnp.einsum("vd,d->v", head, h, preferred_element_type=jnp.float32)
-        loss = jax.nn.logsumexp(logits) - logits[jnp.maximum(target, 0)]
-        predicted = jnp.argmax(logits[: config.vocab_size]).astype(jnp.int32)
-        return predicted, jnp.where(target < 0, jnp.nan, loss)
+    def some(tokens):
+        h, targets = tokens  # [t, d], [t]
+        logits = jnp.einsum("td,vd->tv", h, head, preferred_element_type=jnp.float32)
+        of_target = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
+        losses = jnp.where(targets < 0, jnp.nan, jax.nn.logsumexp(logits, axis=1) - of_target)
+        return jnp.argmax(logits[:, : config.vocab_size], axis=1).astype(jnp.int32), losses
 
-    flat = (hidden.reshape(-1, hidden.shape[-1]), next_ids.reshape(-1))
-    predicted, losses = jax.lax.map(one, flat, batch_size=HEAD_TOKENS)
-    return predicted.reshape(next_ids.shape), losses.reshape(next_ids.shape)
+    # Rows of about as many tokens each. A map over tokens (batch_size) would put the vocabulary in
+    # front of them, and a third of the time would go into reading across it.
+    count = next_ids.size
+    size = -(-count // -(-count // HEAD_TOKENS))
+    fill = -count % size
+    hidden = jnp.pad(hidden.reshape(count, -1), ((0, fill), (0, 0))).reshape(-1, size, x.shape[-1])
+    targets = jnp.pad(next_ids.reshape(-1), (0, fill)).reshape(-1, size)
+    found = jax.lax.map(some, (hidden, targets))
+    predicted, losses = (a.reshape(-1)[:count].reshape(next_ids.shape) for a in found)
+    return predicted, losses
