@@ -14,7 +14,7 @@ from olmoe_jax import studies
 STUDY = studies.Study(
     name="adamw_eps",
     question="How small should AdamW's epsilon be?",
-    max_seeds=5,
+    max_seeds=4,
     arms=(
         studies.Arm(name="eps_1e_8", changes={"optimizer.eps": 1e-8}),
         studies.Arm(name="eps_1e_5", changes={"optimizer.eps": 1e-5}),

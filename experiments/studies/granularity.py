@@ -42,7 +42,7 @@ STUDY = studies.Study(
     name="granularity",
     question="Do more and narrower experts learn more than fewer and wider ones?",
     learning_rate_factors=(1.0,),
-    max_seeds=5,
+    max_seeds=4,
     arms=tuple(_arm(number) for number in (8, 32, 64, 128)),
     outcomes=(
         _outcome("top8_of_64", "top1_of_8", expected="lower", paper="2.700 against 2.751 on C4"),

@@ -27,7 +27,7 @@ STUDY = studies.Study(
     name="load_balancing_loss",
     question="Does balance need a load-balancing loss?",
     learning_rate_factors=(1.0,),
-    max_seeds=5,
+    max_seeds=4,
     arms=(
         studies.Arm(name="with_loss"),
         studies.Arm(name="without", changes=WITHOUT),
