@@ -60,8 +60,12 @@ def check_workdir_name(workdir):
     """Raises ValueError where no checkpoints can be written to a directory of this name."""
     if "://" in str(workdir):
         raise ValueError(f"--workdir={workdir}: a bucket must be mounted; name a directory")
-    if "*" in os.path.abspath(workdir):  # Orbax takes it for a pattern
-        raise ValueError(f"--workdir={workdir}: no checkpoint can be written where a path has a *")
+    # Orbax takes them for patterns: writing fails, or reading finds other files, or none.
+    if found := sorted(set("*?[\\") & set(os.path.abspath(workdir))):
+        raise ValueError(
+            f"--workdir={workdir}: no checkpoints can be kept where a path has a {found[0]}; "
+            "name another"
+        )
 
 
 @contextlib.contextmanager

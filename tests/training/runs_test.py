@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -186,6 +187,8 @@ def test_a_config_json_of_another_shape_is_refused(tmp_path, content):
         runs.read_config(tmp_path)
 
 
-def test_a_workdir_with_a_name_that_orbax_cannot_write_to_is_refused(tmp_path, make_run):
-    refused(make_run, tmp_path / "a*b", r"a\*b: no checkpoint can be written where a path has a \*")
+@pytest.mark.parametrize("sign", ["*", "?", "[", "\\"])
+def test_a_workdir_whose_name_is_a_pattern_is_refused(tmp_path, make_run, sign):
+    match = re.escape(f"a{sign}b: no checkpoints can be kept where a path has a {sign}")
+    refused(make_run, tmp_path / f"a{sign}b", match)
     assert list(tmp_path.iterdir()) == []
