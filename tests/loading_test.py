@@ -125,6 +125,15 @@ def test_kinds_are_recognised(trained, tmp_path):
     assert sources.kind_of(copy) == sources.ORBAX
 
 
+def test_a_foreign_folder_has_hashes_only_where_a_port_wrote_it(trained, tmp_path):
+    assert loading.has_hashes(trained[0])
+    olmoe = json.dumps({"model_type": "olmoe"})
+    folder = _files(tmp_path / "one", config__json=olmoe, model__safetensors="")
+    assert not loading.has_hashes(folder)
+    (folder / "manifest").mkdir()
+    assert loading.has_hashes(folder)
+
+
 def test_a_path_that_holds_no_model_says_what_was_looked_for(tmp_path):
     with pytest.raises(
         FileNotFoundError, match="typo: no such directory; expected a run's workdir"
