@@ -251,13 +251,12 @@ def _speeds(rounds, size):
     rows = {}
     for name in rounds.samples:
         seconds, memory = rounds.summary(name), rounds.summary(name, "peak_anonymous_bytes")
-        phases = {n for s in rounds.samples[name] for n in s.values if n.startswith(PHASE)}
         rows[name] = {
             "seconds": seconds,
             "gb_per_second": size / 1e9 / seconds.median,
             "cpu_seconds": rounds.summary(name, "cpu_seconds"),
             "peak_anonymous_mb": memory and memory.high / 1e6,
-            "phases": {n.removeprefix(PHASE): rounds.summary(name, n) for n in sorted(phases)},
+            "phases": phases(rounds, name),
         }
     speeds = {n: rounds.speed(n, against=COPY) for n in (TO_ORBAX, TO_HUGGING_FACE)}
     return {
@@ -266,6 +265,12 @@ def _speeds(rounds, size):
         "speeds": speeds,
         "contestants": rows,
     }
+
+
+def phases(rounds, name) -> dict:
+    """{phase: rounds.Summary of its seconds} of a contestant whose values have names of PHASE."""
+    names = {n for sample in rounds.samples[name] for n in sample.values if n.startswith(PHASE)}
+    return {n.removeprefix(PHASE): rounds.summary(name, n) for n in sorted(names)}
 
 
 def _page_cache(resident):

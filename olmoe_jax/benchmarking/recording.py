@@ -249,12 +249,6 @@ def _figures(found, work, *, with_peer):
         }
         for name, spent in seconds.items()
     }
-    names = {name for sample in samples[OURS] for name in sample.values}
-    phases = {
-        name.removeprefix(port.PHASE): found.summary(OURS, name)
-        for name in sorted(names)
-        if name.startswith(port.PHASE)
-    }
     speeds = {"of_limit": rounds_lib.summarize(of_limit)}
     if THEIRS in samples and with_peer:
         speeds["peer"] = found.speed(OURS, against=THEIRS)
@@ -268,7 +262,7 @@ def _figures(found, work, *, with_peer):
         "flops_per_second": found.summary(PEAK, "flops_per_second"),
         "speeds": speeds,
         "contestants": rows,
-        "phases": phases,
+        "phases": port.phases(found, OURS),
     }
 
 

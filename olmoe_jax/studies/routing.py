@@ -111,9 +111,8 @@ def _checkpoints(path, config):
 
 def _output(folder, checkpoint, text):
     """Where the traces of a checkpoint on texts lie: the name says what they are of."""
-    files = recording.open_job(checkpoint, text).identity()["contents"]
-    texts_ = [[t.domain, t.data, t.tokenizer and t.tokenizer.sha256] for t in text]
-    digest = hashlib.sha256(json.dumps([files, texts_]).encode()).hexdigest()
+    content = json.dumps(recording.identity(checkpoint, text))
+    digest = hashlib.sha256(content.encode()).hexdigest()
     return folder / f"{checkpoint.step}-{digest[:12]}"
 
 
@@ -121,9 +120,8 @@ def _remove_others(folder, outputs):
     """Removes traces that nothing will read again: of a run that was made again, of other texts."""
     kept = {output.name for output in outputs}
     for path in folder.iterdir() if folder.is_dir() else ():
-        if (
-            path.is_dir() and path.name.partition(".")[0] not in kept
-        ):  # .scratch: of an interrupted recording
+        name = path.name.partition(".")[0]  # .scratch: of an interrupted recording
+        if path.is_dir() and name not in kept:
             shutil.rmtree(path)
 
 

@@ -134,19 +134,14 @@ def _how(table):
 
 def page(table) -> str:
     """The same as an HTML page, the sentences of the verdicts below the table."""
-    done = [row for row in table if row["verdict"] != NOT_RUN]
+    done, how = [row for row in table if row["verdict"] != NOT_RUN], _how(table)
     studies = list(dict.fromkeys(row["study"] for row in table))
     count = len({row["study"] for row in done})
     blocks = [
         reporting.Table(
             title="All studies", columns=_COLUMNS, rows=tuple(_cells(table)),
-            note=" ".join(
-                [
-                    "Differences are arm − other, lower is better; costs are ratios. Intervals: "
-                    "Student's t over seeds.",
-                    *([how] if (how := _how(table)) else []),
-                ]
-            ),
+            note="Differences are arm − other, lower is better; costs are ratios. Intervals: "
+            "Student's t over seeds." + (f" {how}" if how else ""),
         ),
         *(
             reporting.Prose(

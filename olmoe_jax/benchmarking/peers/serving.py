@@ -11,6 +11,12 @@ _ANSWERS = os.fdopen(os.dup(1), "w", encoding="utf-8")
 os.dup2(2, 1)  # what libraries print from here on must not come between the answers
 
 
+def line(error):
+    """An exception in one line of at most 200 characters."""
+    lines = str(error).strip().splitlines() or ["(no message)"]
+    return f"{type(error).__name__}: {lines[0]}"[:200]
+
+
 def serve(functions):
     """Answers each request {"do": name, …} with the dict of functions[name](…)."""
     for line in sys.stdin:

@@ -57,8 +57,7 @@ def tune(implementations, tokens):
                 seconds = time.perf_counter() - begun
             tried.append({"experts": name, "seconds": seconds})
         except Exception as error:  # each library raises what it likes
-            lines = str(error).strip().splitlines() or ["(no message)"]
-            tried.append({"experts": name, "error": f"{type(error).__name__}: {lines[0]}"[:200]})
+            tried.append({"experts": name, "error": serving.line(error)})
     del model
     gc.collect()
     return {"tried": tried}

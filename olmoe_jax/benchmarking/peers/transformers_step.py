@@ -61,7 +61,7 @@ def start(experts, threads, compiled):
             experts_implementation=experts,
         )  # fmt: skip
     except Exception as error:  # each library raises what it likes
-        return {"error": _line(error)}
+        return {"error": serving.line(error)}
     model.to(_RUN["device"]).train()
     model.router_aux_loss_coef = _RUN["balance_weight"]
     adamw = torch.optim.AdamW(model.parameters(), fused=True, **_RUN["optimizer"])
@@ -80,7 +80,7 @@ def steps(count):
             _RUN["step"] += 1
         losses = [loss.item() for loss in losses]  # waits for the device
     except Exception as error:  # from the compiler, or a kernel that this machine lacks
-        return {"error": _line(error)}
+        return {"error": serving.line(error)}
     return {"seconds": time.perf_counter() - begun, "losses": losses}
 
 
@@ -93,11 +93,6 @@ def _step(tokens):
     _RUN["adamw"].step()
     _RUN["adamw"].zero_grad(set_to_none=True)
     return loss.detach()
-
-
-def _line(error):
-    lines = str(error).strip().splitlines() or ["(no message)"]
-    return f"{type(error).__name__}: {lines[0]}"[:200]
 
 
 if __name__ == "__main__":
