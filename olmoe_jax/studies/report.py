@@ -59,9 +59,7 @@ def write(plan, *, protocol=None, notes=(), announce=print) -> dict:
 def _alone(workdir, announce):
     """Lets one process at a time write a study's report; the lock goes with the process."""
     with open(workdir / LOCK, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not runs.try_lock(lock):
             announce(f"{workdir}: another process writes the report; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

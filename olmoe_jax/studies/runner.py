@@ -329,16 +329,10 @@ def claim(path):
         return
     path.mkdir(parents=True, exist_ok=True)
     with open(path / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if jax.process_count() > 1:  # the others of this job would wait for ever
-                raise ValueError(
-                    f"{path}: another job is at it; give each job its --arm and --seed"
-                ) from None
-            yield False
-        else:
-            yield True
+        mine = runs.try_lock(lock)
+        if not mine and jax.process_count() > 1:  # the others of this job would wait for ever
+            raise ValueError(f"{path}: another job is at it; give each job its --arm and --seed")
+        yield mine
 
 
 def _unfinished_source(plan, name, seed):

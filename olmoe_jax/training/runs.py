@@ -68,6 +68,16 @@ def check_workdir_name(workdir):
         )
 
 
+def try_lock(file) -> bool:
+    """Whether an open file is locked now, for this process and until it is closed; False: another
+    process has the lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def alone(workdir):
     """Keeps other processes from training in a workdir, which is made, until the end of the block.
@@ -84,14 +94,14 @@ def alone(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / _LOCK, "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            mine = try_lock(lock)
+        except OSError:
+            mine = True  # a file system without locks
+        if not mine:
             raise ValueError(
                 f"{workdir}: another process is training in it; wait for it, or name another "
                 "--workdir"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+            )
         yield
 
 
