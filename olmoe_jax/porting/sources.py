@@ -265,6 +265,11 @@ def without_biases(source):
     return view
 
 
+def has_hashes(source) -> bool:
+    """Whether a `Foreign` or a `Checkpoint` lies with hashes of what was written."""
+    return (epath.Path(source.path) / manifest.FOLDER).is_dir()
+
+
 def check_hashes(source):
     """Compares a `Foreign` that was written here with its manifest, tensor by tensor.
 
@@ -272,7 +277,7 @@ def check_hashes(source):
       ValueError: there is no manifest. DamagedError: tensors or files are not as they were.
     """
     path = epath.Path(source.path)
-    if not (path / manifest.FOLDER).is_dir():
+    if not has_hashes(source):
         raise ValueError(
             f"{path}: nothing to verify against: folders written by experiments.port_weights have "
             f"a {manifest.FOLDER}/ with hashes, this one has none; load it without verify"
@@ -300,12 +305,12 @@ def verify(source):
     Raises:
       DamagedError: tensors or files are not as they were written.
     """
-    path = epath.Path(source.path)
-    if not (path / manifest.FOLDER).is_dir():
+    if not has_hashes(source):
         return
     if source.folder is not None:
         check_hashes(source)
     else:
+        path = epath.Path(source.path)
         reading.check_hashes(path, reading.PARAMS, manifest.read(path))
 
 

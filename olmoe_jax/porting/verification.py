@@ -48,7 +48,7 @@ def verify(input_path, output_path, *, announce=print) -> tuple[str, ...]:
     if not target.config.model.router_bias:
         source = sources.without_biases(source)
     announce(f"verifying: {target.path}")
-    noted = (epath.Path(source.path) / manifest.FOLDER).is_dir()
+    noted = sources.has_hashes(source)
     return (
         *([_check_hashes(source, "the input ")] if noted else []),
         _check_hashes(target),

@@ -226,7 +226,7 @@ def _check_hashes(dense, state, announce):
     """Recomputes the input's hashes, where it has any: a copy would make damage look sound."""
     if state is not None:
         return  # done when it was opened
-    if (epath.Path(dense.path) / manifest.FOLDER).is_dir():
+    if sources.has_hashes(dense):
         announce(f"verifying the hashes of {dense.path}")
         sources.verify(dense)
 
