@@ -71,7 +71,7 @@ def _matmuls(over_blocks, rows, weights, counts, *, transpose):
     dtype = weights[0][0].dtype
     rows = [_Rows.of(*r) for r in rows]
     n = rows[0].count
-    multiply, width = (_dot_transposed, 1) if transpose else (_dot, 2)
+    multiply, width = (dot_transposed, 1) if transpose else (dot, 2)
     weights = [[_bits(w) for w in row] for row in weights]
 
     def body(block, outs):
@@ -106,11 +106,11 @@ def _outers(over_blocks, left, rights, counts, *, dtype):
             bits = rows.cut(at, block.size)
             return _values(jnp.where(own, bits, jnp.zeros((), bits.dtype)), operand_dtype)
 
-        left_transposed = _transposed(cut(left))
+        left_transposed = transposed(cut(left))
 
         def updated(out, right):
             old = jnp.where(block.is_first, 0, _of_group(out, block))
-            new = _dot(left_transposed, cut(right)) + old
+            new = dot(left_transposed, cut(right)) + old
             return lax.dynamic_update_index_in_dim(out, new, block.group, 0)
 
         return [updated(*pair) for pair in zip(outs, rights, strict=True)]
@@ -220,18 +220,19 @@ def _of_group(array, block):
     return lax.dynamic_index_in_dim(array, block.group, keepdims=False)
 
 
-def _dot(a, b):
+def dot(a, b):
+    """a @ b, summed in float32 and left so; this and the next two are a block's products."""
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
-def _dot_transposed(a, b):
+def dot_transposed(a, b):
     """a @ b.T."""
     if a.dtype == jnp.bfloat16:  # by itself XLA multiplies in float32 then, at half the speed
-        return _dot(a, _transposed(b))
+        return dot(a, transposed(b))
     return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _transposed(x):
+def transposed(x):
     """x.T, copied before it is multiplied: XLA's product with a transposed left side is slower."""
     if x.dtype != jnp.bfloat16:
         return lax.optimization_barrier(x.T)

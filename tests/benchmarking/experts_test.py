@@ -36,6 +36,10 @@ def test_the_suite(monkeypatch, capsys):
     seconds = {e: result["contestants"][f"loop, {e} experts"]["seconds"].median for e in (2, 4, 12)}
     assert result["ratio_12_to_2"] == pytest.approx(seconds[12] / seconds[2])
     assert result["ratio_4_to_2_loop"] == pytest.approx(seconds[4] / seconds[2])
+    rows = result["contestants"]
+    alone, peak = rows["products alone, 12 experts"], rows["peak"]["flops_per_second"].median
+    flops = 67 * 6 * 9 * 2 * 18 * 2  # rows, products, 2 · d_model · width
+    assert alone["share_of_peak"].median == pytest.approx(flops / alone["seconds"].median / peak)
     assert json.dumps(result, default=app._plain, allow_nan=False)
     assert "WRONG: not as `dense` computes it: loop, 12 experts" in capsys.readouterr().out
 
