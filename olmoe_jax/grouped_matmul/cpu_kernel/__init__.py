@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from olmoe_jax.grouped_matmul.cpu_kernel import build
 
-INSTRUCTIONS = ("avx512_bf16", "avx512", "avx2")
+INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512", "avx2")
 TARGETS = ("olmoe_jax_matmul", "olmoe_jax_outer")
 COMMAND = "python -m olmoe_jax.grouped_matmul.cpu_kernel"
 

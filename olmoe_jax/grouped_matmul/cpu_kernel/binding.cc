@@ -1,6 +1,8 @@
 // The grouped products as XLA custom calls: cut into blocks (product.h), which XLA's own threads
 // take one after the other, the calling thread among them.
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -36,9 +38,17 @@ bool has_avx512_bf16() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 }
+// Linux keeps the matrix registers of a process that asked for them, for all its threads.
+bool has_amx_bf16() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return has_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) &&
+         (d >> 24 & 1) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
 
 // Best first.
 const InstructionSet kInstructionSets[] = {
+    {"amx_bf16", multiply_amx_bf16, has_amx_bf16},
     {"avx512_bf16", multiply_avx512_bf16, has_avx512_bf16},
     {"avx512", multiply_avx512, has_avx512},
     {"avx2", multiply_avx2, has_avx2},

@@ -10,6 +10,7 @@ constexpr int kTileColumns = 2 * kLanes;
 constexpr int kRowStride = kMaxDepth + 16;  // of A packed by rows; not a power of two: cache sets
 constexpr int kDepthStride = kLanes;        // of A packed by k
 static_assert(kPackedA >= kMaxRows * kRowStride, "packed by rows");
+static_assert(kPackedA >= (kMaxRows + 31) / 32 * 32 * kRowStride, "in matrix registers of 32 rows");
 static_assert(kPackedA >= kMaxRows / kTileRows * kMaxDepth * kDepthStride, "packed by k");
 
 // Where a tile's sums come from and go to.
@@ -222,16 +223,141 @@ void prefetch(const Lines<Element>& from, int64_t lines, int64_t elements, int64
   }
 }
 
+// How a tile of C is computed: `kRows` of it at a time, from A as `pack` leaves it.
 template <class In, bool by_k>
-void multiply(const Product& p, char* scratch) {
+struct VectorTiles {
+  static constexpr int kRows = kTileRows;
+  static constexpr bool pairs = In::kPerWord == 2;
+
+  static void begin() {}
+  static void end() {}
+  static int64_t depth(int64_t words) { return words; }
+
+  // A from element `start` of k on; returns the words from one tile's rows to the next one's.
+  static int64_t pack(const Lines<typename In::Element>& a, int64_t start, int64_t k, int64_t m,
+                      float* to) {
+    if (!by_k) {
+      pack_rows<In>(a.at(0, start), k, m, to);
+      return kRows * kRowStride;
+    }
+    pack_by_k<In>(a.at(start, 0), k, m, kRows, kDepthStride, to);
+    return (k + In::kPerWord - 1) / In::kPerWord * kDepthStride;
+  }
+  static INLINE void run(int64_t rows, const float* a, const float* b, int64_t depth,
+                         int64_t columns, const Place& place) {
+    tile_with<pairs, by_k>(rows)(a, b, depth, columns, place);
+  }
+};
+
+#ifdef __AMX_BF16__
+
+// The same in the processor's matrix registers: two of A and two of B, of 16 lines of 16 words,
+// give four of sums. The compiler does not know that they read and write memory.
+template <bool by_k>
+struct MatrixTiles {
+  static constexpr int kRows = 32;
+
+  static void begin() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    barrier();
+    _tile_loadconfig(&config);
+  }
+  static void end() { _tile_release(); }
+  static void barrier() { asm volatile("" ::: "memory"); }
+  static int64_t depth(int64_t words) { return (words + kLanes - 1) / kLanes * kLanes; }
+
+  static int64_t pack(const Lines<uint16_t>& a, int64_t start, int64_t k, int64_t m, float* to) {
+    if (by_k) {
+      pack_rows_by_k(a.at(start, 0), k, m, to);
+    } else {
+      pack_rows<Pairs>(a.at(0, start), k, m, to);
+    }
+    return kRows * kRowStride;
+  }
+
+  // Rows that are not there are computed from whatever lies behind A, and not stored.
+  static void run(int64_t rows, const float* a, const float* b, int64_t depth, int64_t columns,
+                  const Place& place) {
+    constexpr int64_t kAStride = kRowStride * sizeof(float), kBStride = kTileColumns * sizeof(float);
+    alignas(64) float sums[kRows * kTileColumns];
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    barrier();
+    if (rows > kLanes) {
+      for (int64_t k = 0; k < depth; k += kLanes, a += kLanes, b += kLanes * kTileColumns) {
+        _tile_loadd(6, b, kBStride);
+        _tile_loadd(4, a, kAStride);
+        _tile_loadd(7, b + kLanes, kBStride);
+        _tile_loadd(5, a + kLanes * kRowStride, kAStride);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      _tile_stored(2, sums + kLanes * kTileColumns, kBStride);
+      _tile_stored(3, sums + kLanes * kTileColumns + kLanes, kBStride);
+    } else {
+      for (int64_t k = 0; k < depth; k += kLanes, a += kLanes, b += kLanes * kTileColumns) {
+        _tile_loadd(6, b, kBStride);
+        _tile_loadd(4, a, kAStride);
+        _tile_loadd(7, b + kLanes, kBStride);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+    }
+    _tile_stored(0, sums, kBStride);
+    _tile_stored(1, sums + kLanes, kBStride);
+    barrier();
+    const int some = rows < kRows ? rows : kRows;
+    if (columns < kTileColumns) {
+      place.write_bf16 ? finish_columns<uint16_t>(sums, some, columns, place)
+                       : finish_columns<float>(sums, some, columns, place);
+      return;
+    }
+    for (int r = 0; r < some; ++r) {
+      finish(load(sums + r * kTileColumns), place, r, 0);
+      finish(load(sums + r * kTileColumns + kLanes), place, r, kLanes);
+    }
+  }
+
+ private:
+  // [k][rows] → [rows][words], as `pack_rows` of its transpose.
+  static void pack_rows_by_k(const Lines<uint16_t>& from, int64_t k, int64_t rows, float* to) {
+    for (int64_t i = 0; i < k; i += 2 * kLanes, to += kLanes) {
+      for (int64_t row = 0; row < rows; row += kLanes) {
+        Vector v[kLanes];
+#pragma GCC unroll 16
+        for (int j = 0; j < kLanes; ++j) {
+          const int64_t at = i + 2 * j;
+          const uint16_t* second = at + 1 < k ? from[at + 1] + row : nullptr;
+          v[j] = at < k ? Pairs::across_k(from[at] + row, second, rows - row) : zero();
+        }
+        transpose(v);
+#pragma GCC unroll 16
+        for (int j = 0; j < kLanes; ++j) store(to + (row + j) * kRowStride, v[j]);
+      }
+    }
+  }
+};
+
+#endif
+
+template <class In, class Tiles>
+void multiply_with(const Product& p, char* scratch) {
   using Element = typename In::Element;
-  constexpr bool pairs = In::kPerWord == 2;
   float* packed_a = reinterpret_cast<float*>(scratch);
   float* packed_b = packed_a + kPackedA;
   float* sums = packed_b + 32 * kMaxDepth;
   const Lines<Element> a = {static_cast<const Element*>(p.a), p.a_stride, p.a_ids};
   const Lines<Element> b = {static_cast<const Element*>(p.b), p.b_stride, p.b_ids};
 
+  Tiles::begin();
   // Pieces of k of about one size, in whole vectors.
   const int64_t most = kMaxDepth * In::kPerWord, vector = kLanes * In::kPerWord;
   const int64_t pieces = (p.k + most - 1) / most;
@@ -250,14 +376,8 @@ void multiply(const Product& p, char* scratch) {
     place.read_stride = read.read_stride;
     place.read_bf16 = read.read_bf16;
 
-    int64_t a_step;  // words from one tile's A to the next one's
-    if (by_k) {
-      pack_by_k<In>(a.at(start, 0), k, p.m, kTileRows, kDepthStride, packed_a);
-      a_step = words * kDepthStride;
-    } else {
-      pack_rows<In>(a.at(0, start), k, p.m, packed_a);
-      a_step = kTileRows * kRowStride;
-    }
+    const int64_t a_step = Tiles::pack(a, start, k, p.m, packed_a);
+    const int64_t depth = Tiles::depth(words);
     for (int64_t column = 0; column < p.n; column += kTileColumns) {
       const int64_t columns = p.n - column;
       const auto from = p.b_by_n ? b.at(column, start) : b.at(start, column);
@@ -267,8 +387,11 @@ void multiply(const Product& p, char* scratch) {
         pack_by_k<In>(from, k, columns < kTileColumns ? columns : kTileColumns, kTileColumns,
                       kTileColumns, packed_b);
       }
+      for (int64_t word = words * kTileColumns; word < depth * kTileColumns; word += kLanes) {
+        store(packed_b + word, zero());
+      }
       const bool more = columns > kTileColumns;
-      const int64_t tiles = (p.m + kTileRows - 1) / kTileRows;
+      const int64_t tiles = (p.m + Tiles::kRows - 1) / Tiles::kRows;
       for (int64_t t = 0; t < tiles; ++t) {
         if (more) {  // the next columns of B arrive while these are used
           const int64_t ahead = columns - kTileColumns;
@@ -276,17 +399,19 @@ void multiply(const Product& p, char* scratch) {
           const auto then = p.b_by_n ? from.at(kTileColumns, 0) : from.at(0, kTileColumns);
           prefetch(then, p.b_by_n ? next : k, p.b_by_n ? k : next, t, tiles);
         }
-        const int64_t row = t * kTileRows;
-        tile_with<pairs, by_k>(p.m - row)(packed_a + t * a_step, packed_b, words, columns,
-                                          place.at(row, column));
+        const int64_t row = t * Tiles::kRows;
+        Tiles::run(p.m - row, packed_a + t * a_step, packed_b, depth, columns,
+                   place.at(row, column));
       }
     }
   }
+  Tiles::end();
 }
 
 template <class In>
 void multiply(const Product& p, char* scratch) {
-  p.a_by_k ? multiply<In, true>(p, scratch) : multiply<In, false>(p, scratch);
+  p.a_by_k ? multiply_with<In, VectorTiles<In, true>>(p, scratch)
+           : multiply_with<In, VectorTiles<In, false>>(p, scratch);
 }
 
 }  // namespace
@@ -298,7 +423,10 @@ void MULTIPLY(const Product& p, char* scratch) {
       memset(static_cast<char*>(p.c) + row * p.c_stride * bytes, 0, p.n * bytes);
     }
   } else if (p.bf16) {
-#ifdef __AVX512BF16__
+#ifdef __AMX_BF16__
+    p.a_by_k ? multiply_with<Pairs, MatrixTiles<true>>(p, scratch)
+             : multiply_with<Pairs, MatrixTiles<false>>(p, scratch);
+#elif defined(__AVX512BF16__)
     multiply<Pairs>(p, scratch);
 #else
     multiply<OnePerWord<uint16_t>>(p, scratch);

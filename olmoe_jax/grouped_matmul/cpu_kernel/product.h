@@ -36,6 +36,7 @@ constexpr int64_t kPackedA = kMaxRows * kMaxDepth * 8 / 6;
 constexpr size_t kScratchBytes = 4 * (kPackedA + 32 * kMaxDepth + kMaxRows * kMaxColumns);
 
 using Multiply = void (*)(const Product&, char* scratch);
+void multiply_amx_bf16(const Product&, char* scratch);
 void multiply_avx512_bf16(const Product&, char* scratch);
 void multiply_avx512(const Product&, char* scratch);
 void multiply_avx2(const Product&, char* scratch);
