@@ -2,9 +2,10 @@
 
 Optional. `python -m olmoe_jax.grouped_matmul.cpu_kernel` (or `make`) builds it where a C++ compiler
 is; `missing()` says why it cannot run here. The instruction set is chosen when it runs, so that a
-compiled program may move to another processor: AVX-512 with bfloat16 products, AVX-512, or AVX2
-(the last two widen bfloat16 to float32). Sums are float32 in an order that depends on the shapes
-and counts only: results are the same whatever the number of threads.
+compiled program may move to another processor: AVX-512 with bfloat16 products in matrix registers
+(AMX) or in vectors, AVX-512, or AVX2 (the last two widen bfloat16 to float32). Sums are float32 in
+an order that depends on the shapes and counts only: results are the same whatever the number of
+threads.
 """
 
 import functools

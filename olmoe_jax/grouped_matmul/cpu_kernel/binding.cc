@@ -23,10 +23,13 @@ namespace ffi = xla::ffi;
 
 namespace {
 
+constexpr int64_t kVectorStep = 42, kMatrixStep = 32;  // whole tiles: of 14 or 6 rows, of 32
+
 struct InstructionSet {
   const char* name;
   Multiply multiply;
   bool (*here)();
+  int64_t bf16_step;  // a block's rows in bfloat16 are a multiple of it
 };
 
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
@@ -48,10 +51,10 @@ bool has_amx_bf16() {
 
 // Best first.
 const InstructionSet kInstructionSets[] = {
-    {"amx_bf16", multiply_amx_bf16, has_amx_bf16},
-    {"avx512_bf16", multiply_avx512_bf16, has_avx512_bf16},
-    {"avx512", multiply_avx512, has_avx512},
-    {"avx2", multiply_avx2, has_avx2},
+    {"amx_bf16", multiply_amx_bf16, has_amx_bf16, kMatrixStep},
+    {"avx512_bf16", multiply_avx512_bf16, has_avx512_bf16, kVectorStep},
+    {"avx512", multiply_avx512, has_avx512, kVectorStep},
+    {"avx2", multiply_avx2, has_avx2, kVectorStep},
 };
 
 // The named set, or with an empty name the best, if the processor has it; else null.
@@ -104,10 +107,10 @@ T* moved(T* p, int64_t elements, bool bf16) {
 }
 
 // Cuts a product into blocks of at most kMaxRows x kMaxColumns, of about one size.
-void cut(const Product& p, std::vector<Product>& blocks) {
-  constexpr int64_t kStep = 42;  // whole tiles of 14 or 6 rows
-  const int64_t parts = std::max<int64_t>(1, (p.m + kMaxRows - 1) / kMaxRows);
-  const int64_t rows = (p.m + parts * kStep - 1) / (parts * kStep) * kStep;
+void cut(const Product& p, const InstructionSet& set, std::vector<Product>& blocks) {
+  const int64_t step = p.bf16 ? set.bf16_step : kVectorStep, most = kMaxRows / step * step;
+  const int64_t parts = std::max<int64_t>(1, (p.m + most - 1) / most);
+  const int64_t rows = (p.m + parts * step - 1) / (parts * step) * step;
   for (int64_t row = 0; row < p.m; row += rows) {
     for (int64_t column = 0; column < p.n; column += kMaxColumns) {
       Product block = p;
@@ -203,13 +206,13 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuffer weig
     p.a_ids = *ids ? *ids + start : nullptr;
     p.b = moved(weights.untyped_data(), g * d * f, p.bf16);
     p.c = moved(out->untyped_data(), start * p.n, p.bf16);
-    cut(p, blocks);
+    cut(p, *set, blocks);
     start += p.m;
   }
   p.m = n - start;
   p.k = 0;  // rows of nobody
   p.c = moved(out->untyped_data(), start * p.n, p.bf16);
-  cut(p, blocks);
+  cut(p, *set, blocks);
   run(std::move(blocks), set->multiply, pool);
   return ffi::Error::Success();
 }
@@ -248,7 +251,7 @@ ffi::Error outer(ffi::ThreadPool pool, ffi::AnyBuffer left, ffi::AnyBuffer right
     p.a_ids = *of_left ? *of_left + start : nullptr;
     p.b_ids = *of_right ? *of_right + start : nullptr;
     p.c = moved(out->untyped_data(), g * d * f, p.c_bf16);
-    cut(p, blocks);
+    cut(p, *set, blocks);
     start += p.k;
   }
   run(std::move(blocks), set->multiply, pool);

@@ -15,7 +15,10 @@ import jax
 import jaxlib
 
 FOLDER = pathlib.Path(__file__).parent
-SOURCES = ("binding.cc", "product.cc", "product.h", "vectors.h")
+SOURCES = (
+    "binding.cc", "product.cc", "product.h", "vectors.h", "packing.h", "vector_tiles.h",
+    "matrix_tiles.h",
+)  # fmt: skip
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall")
 AVX2 = ("-mavx2", "-mfma")

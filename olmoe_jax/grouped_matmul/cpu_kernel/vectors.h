@@ -80,6 +80,79 @@ INLINE void transpose(Vector (&v)[kLanes]) {
   }
 }
 
+#ifdef __AMX_BF16__
+// For processors with matrix registers, which must be fed: these shuffle once per cycle, and load
+// twice, so lines are cut into lanes while they are loaded.
+
+// Lane i holds the four words at p[i].
+INLINE Integers lanes(const void* p0, const void* p1, const void* p2, const void* p3) {
+  const auto part = [](const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); };
+  Integers v = _mm512_broadcast_i32x4(part(p0));
+  v = _mm512_mask_broadcast_i32x4(v, 0x00f0, part(p1));
+  v = _mm512_mask_broadcast_i32x4(v, 0x0f00, part(p2));
+  return _mm512_mask_broadcast_i32x4(v, 0xf000, part(p3));
+}
+
+// 16 lines of words, `stride` bytes apart → word j of line i at to[j · to_stride + i].
+INLINE void transpose_words(const void* from, int64_t stride, float* to, int64_t to_stride) {
+#pragma GCC unroll 4
+  for (int word = 0; word < 16; word += 4, to += 4 * to_stride) {
+    Vector z[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const char* p = static_cast<const char*>(from) + i * stride + word * sizeof(float);
+      z[i] = as_floats(lanes(p, p + 4 * stride, p + 8 * stride, p + 12 * stride));
+    }
+    const Vector a = _mm512_unpacklo_ps(z[0], z[1]), b = _mm512_unpackhi_ps(z[0], z[1]);
+    const Vector c = _mm512_unpacklo_ps(z[2], z[3]), d = _mm512_unpackhi_ps(z[2], z[3]);
+    store(to, _mm512_shuffle_ps(a, c, 0x44));
+    store(to + to_stride, _mm512_shuffle_ps(a, c, 0xee));
+    store(to + 2 * to_stride, _mm512_shuffle_ps(b, d, 0x44));
+    store(to + 3 * to_stride, _mm512_shuffle_ps(b, d, 0xee));
+  }
+}
+
+// 8 columns of 32 lines of bfloat16 → column j's 32 at to[j · to_stride].
+template <class Lines>
+INLINE void transpose_halves(const Lines& from, int64_t line, int64_t column, float* to,
+                             int64_t to_stride) {
+  Integers z[8], y[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    z[i] = lanes(from[line + i] + column, from[line + 8 + i] + column, from[line + 16 + i] + column,
+                 from[line + 24 + i] + column);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    y[i] = _mm512_unpacklo_epi16(z[2 * i], z[2 * i + 1]);
+    y[4 + i] = _mm512_unpackhi_epi16(z[2 * i], z[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half, to += 4 * to_stride) {
+    const Integers* w = y + 4 * half;
+    const Integers a = _mm512_unpacklo_epi32(w[0], w[1]), b = _mm512_unpackhi_epi32(w[0], w[1]);
+    const Integers c = _mm512_unpacklo_epi32(w[2], w[3]), d = _mm512_unpackhi_epi32(w[2], w[3]);
+    store(to, as_floats(_mm512_unpacklo_epi64(a, c)));
+    store(to + to_stride, as_floats(_mm512_unpackhi_epi64(a, c)));
+    store(to + 2 * to_stride, as_floats(_mm512_unpacklo_epi64(b, d)));
+    store(to + 3 * to_stride, as_floats(_mm512_unpackhi_epi64(b, d)));
+  }
+}
+
+// 32 columns of two lines of bfloat16, in turn.
+INLINE void interleave(const uint16_t* first, const uint16_t* second, float* to) {
+  const Integers a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+  // 0, 32, 1, 33, …: an index of 32 and above is of b.
+  const Integers low = _mm512_add_epi32(
+      _mm512_set1_epi32(32 << 16),
+      _mm512_mullo_epi32(_mm512_set1_epi32(0x10001), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8,
+                                                                     7, 6, 5, 4, 3, 2, 1, 0)));
+  const Integers high = _mm512_add_epi32(low, _mm512_set1_epi32(16 << 16 | 16));
+  store(to, as_floats(_mm512_permutex2var_epi16(a, low, b)));
+  store(to + 16, as_floats(_mm512_permutex2var_epi16(a, high, b)));
+}
+#endif
+
 #else
 
 constexpr int kLanes = 8;
