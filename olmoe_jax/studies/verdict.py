@@ -28,7 +28,8 @@ class Finding:
       missing: seed → why it has no effect.
       seeds_needed: so many would decide with 80 % probability; None if decided or unknown.
       agreement: AGREES, DISAGREES, UNDECIDED; of an outcome without a paper AS_EXPECTED,
-        UNEXPECTED, UNDECIDED; of one that expects nothing DECIDED, UNDECIDED.
+        UNEXPECTED, UNDECIDED; of one that expects nothing DECIDED with "lower", "higher" or
+        "equal", UNDECIDED.
       words: the verdict in one or two sentences.
     """
 
@@ -149,10 +150,10 @@ def _decide(outcome, interval, missing):
     if not interval.excludes_zero and not small:
         effect = max(abs(interval.mean), outcome.smallest_effect)
         return UNDECIDED, statistics.seeds_to_decide(effect, interval.sd, least=interval.n + 1)
-    if outcome.expected is None:
-        return DECIDED, None
-    right, wrong = (AGREES, DISAGREES) if outcome.paper else (AS_EXPECTED, UNEXPECTED)
     found = "equal" if not interval.excludes_zero else "lower" if interval.mean < 0 else "higher"
+    if outcome.expected is None:
+        return f"{DECIDED}: {found}", None
+    right, wrong = (AGREES, DISAGREES) if outcome.paper else (AS_EXPECTED, UNEXPECTED)
     if outcome.expected == "equal":
         if small:
             return right, None

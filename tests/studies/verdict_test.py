@@ -33,7 +33,8 @@ def test_a_planted_worse_arm_is_declared_worse(tmp_path):
     assert finding.interval.low > 0 and finding.agreement == verdict.DISAGREES
     assert "new ends with a higher validation/loss than old" in finding.words
     assert verdict.judge(synthetic.outcome(expected="higher"), runs).agreement == verdict.AGREES
-    assert verdict.judge(synthetic.outcome(expected=None), runs).agreement == verdict.DECIDED
+    asked = verdict.judge(synthetic.outcome(expected=None), runs)
+    assert asked.agreement == f"{verdict.DECIDED}: higher"
     own = synthetic.outcome(expected="higher", paper="")
     assert verdict.judge(own, runs).agreement == verdict.AS_EXPECTED
 
@@ -63,6 +64,8 @@ def test_the_same_runs_twice_are_equal(tmp_path):
     finding = verdict.judge(synthetic.outcome(expected="equal"), runs)
     assert finding.interval.mean == 0 and finding.agreement == verdict.AGREES
     assert verdict.judge(synthetic.outcome(), runs).agreement == verdict.DISAGREES
+    asked = verdict.judge(synthetic.outcome(expected=None), runs)
+    assert asked.agreement == f"{verdict.DECIDED}: equal"
 
 
 def test_the_verdict_is_recomputed_from_the_metrics_files(tmp_path):
