@@ -96,6 +96,25 @@ def free_disk(path) -> int | None:
     return shutil.disk_usage(path).free
 
 
+def check_disk(path, needed, what, remedy):
+    """Refuses to begin where there is no room for `needed` bytes.
+
+    Args:
+      path: where they will be written.
+      what: takes them, as in "activations".
+      remedy: what a person can do about it, as in "name another --output".
+
+    Raises:
+      OSError: there is none.
+    """
+    free = free_disk(path)
+    if free is not None and needed > free:
+        raise OSError(
+            f"{path}: {needed / 1e9:.1f} GB are needed for {what} but {free / 1e9:.1f} GB are "
+            f"free; {remedy}"
+        )
+
+
 def commit() -> str | None:
     """Commit of the checkout that this file lies in ("…+changes" if it was edited), or None."""
     root = pathlib.Path(__file__).resolve().parents[1]
