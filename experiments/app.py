@@ -29,6 +29,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from olmoe_jax import config as config_lib
+from olmoe_jax import files
 
 USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, KeyboardInterrupt)
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
@@ -91,20 +92,7 @@ def write_json(result):
     if path is None:
         return
     text = json.dumps(result, indent=2, default=_plain, allow_nan=False) + "\n"
-    write_whole(path, text)
-
-
-def write_whole(path, text):
-    """Writes a text file, whole or not at all."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    files.write_text(path, text)
 
 
 def in_cluster(environment=os.environ) -> bool:

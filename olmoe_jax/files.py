@@ -1,7 +1,34 @@
-"""Files that several processes may be at: locked by one of them at a time. Imports no JAX."""
+"""Files that several processes may be at: replaced as a whole, locked by one at a time."""
 
 import contextlib
 import fcntl
+import os
+import pathlib
+
+
+@contextlib.contextmanager
+def whole(path, mode="wb", **options):
+    """A file to write to that comes to lie at `path`, whole, unless the block fails.
+
+    Args:
+      path: its folder is made if need be.
+      mode, options: of `open`.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, **options) as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Writes a text file, whole or not at all; its folder is made if need be."""
+    with whole(path, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def try_lock(file) -> bool:

@@ -230,9 +230,8 @@ def _trained(source, vocab_size, kept, request, announce):
                     yield document.text
 
     tokenizer = tokenizer_lib.train(texts(), vocab_size=vocab_size)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(tokenizer.json)
-    os.replace(temporary, path)
+    with files.whole(path) as file:
+        file.write(tokenizer.json)
     return tokenizer
 
 

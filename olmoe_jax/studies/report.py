@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from olmoe_jax import files, reporting
+from olmoe_jax import files
 from olmoe_jax.studies import (
     bigram,
     declaration,
@@ -50,7 +50,7 @@ def write(plan, *, protocol=None, notes=(), announce=print) -> dict:
     with files.locked(plan.workdir / LOCK, waiting=lambda: announce(waiting)):
         content["routing"] = routing.measure(plan, found, announce=announce)
         runner.write_json(plan.workdir / DATA, content)
-        reporting.write(plan.workdir / PAGE, page.build(plan, found, findings, content))
+        files.write_text(plan.workdir / PAGE, page.build(plan, found, findings, content))
     return content
 
 

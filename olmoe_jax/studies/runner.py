@@ -384,6 +384,4 @@ def write_marker(plan):
 
 def write_json(path, content):
     """Writes a JSON file, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    files.write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

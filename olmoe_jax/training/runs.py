@@ -286,6 +286,4 @@ def write_config(workdir, config, *, data, peak):
         "peak_flops_source": peak[1],
         "environment": machine.environment(),
     }
-    temporary = workdir / "config.json.tmp"
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, workdir / "config.json")
+    files.write_text(workdir / "config.json", json.dumps(content, indent=2) + "\n")
