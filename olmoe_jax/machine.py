@@ -22,6 +22,8 @@ VARIABLES = (  # that change results or speed
     "GLIBC_TUNABLES",
     "OMP_NUM_THREADS",
 )
+# With which glibc keeps large freed blocks: tunable → (number in malloc.h, value; -1: no limit).
+MALLOC = {"mmap_threshold": (-3, -1), "trim_threshold": (-1, -1), "arena_max": (-8, 1)}
 
 
 def environment() -> dict:
