@@ -9,8 +9,8 @@ import pathlib
 import numpy as np
 
 from olmoe_jax import files
+from olmoe_jax.analysis import counting, tallies, trace, trace_files
 from olmoe_jax.analysis import counts as counts_lib
-from olmoe_jax.analysis import tallies, trace, trace_files
 
 NAME = "counts.npz"  # in the directory of the trace that was counted
 _FORMAT = 2
@@ -35,7 +35,7 @@ def of_trace(source, *, vocabulary=True) -> counts_lib.Counts:
         kept_key = None  # none, or not whole: counted anew
     if kept_key == key and (kept.vocabulary is not None or not vocabulary):
         return kept
-    found = counts_lib.count(source, vocabulary=vocabulary)
+    found = counting.count(source, vocabulary=vocabulary)
     save(path, found, key=key)
     return found
 
