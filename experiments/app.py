@@ -29,6 +29,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from olmoe_jax import config as config_lib
+from olmoe_jax import files, machine
 
 USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, KeyboardInterrupt)
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
@@ -91,20 +92,7 @@ def write_json(result):
     if path is None:
         return
     text = json.dumps(result, indent=2, default=_plain, allow_nan=False) + "\n"
-    write_whole(path, text)
-
-
-def write_whole(path, text):
-    """Writes a text file, whole or not at all."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    files.write_text(path, text)
 
 
 def in_cluster(environment=os.environ) -> bool:
@@ -193,9 +181,7 @@ def tune_allocator() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # M_… of malloc.h
-    settings = ((mmap_threshold, -1), (trim_threshold, -1), (arena_max, 1))  # -1: no limit
-    accepted = [libc.mallopt(name, value) == 1 for name, value in settings]
+    accepted = [libc.mallopt(number, value) == 1 for number, value in machine.MALLOC.values()]
     return all(accepted)
 
 

@@ -15,6 +15,7 @@ import pathlib
 from absl import flags
 
 from experiments import app
+from olmoe_jax import files
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory of the run.")
 _CHECK = flags.DEFINE_bool(
@@ -40,7 +41,7 @@ def main(argv):
     if summary.get("step") != result.step:
         picture.unlink(missing_ok=True)
         summary = judge(config, workdir, result.record)
-        app.write_whole(summary_path, json.dumps(summary, indent=2) + "\n")
+        files.write_text(summary_path, json.dumps(summary, indent=2) + "\n")
     if not picture.is_file():
         from olmoe_jax.training import plots  # matplotlib is slow to import
 

@@ -22,6 +22,8 @@ VARIABLES = (  # that change results or speed
     "GLIBC_TUNABLES",
     "OMP_NUM_THREADS",
 )
+# With which glibc keeps large freed blocks: tunable → (number in malloc.h, value; -1: no limit).
+MALLOC = {"mmap_threshold": (-3, -1), "trim_threshold": (-1, -1), "arena_max": (-8, 1)}
 
 
 def environment() -> dict:
@@ -94,6 +96,25 @@ def free_disk(path) -> int | None:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def check_disk(path, needed, what, remedy):
+    """Refuses to begin where there is no room for `needed` bytes.
+
+    Args:
+      path: where they will be written.
+      what: takes them, as in "activations".
+      remedy: what a person can do about it, as in "name another --output".
+
+    Raises:
+      OSError: there is none.
+    """
+    free = free_disk(path)
+    if free is not None and needed > free:
+        raise OSError(
+            f"{path}: {needed / 1e9:.1f} GB are needed for {what} but {free / 1e9:.1f} GB are "
+            f"free; {remedy}"
+        )
 
 
 def commit() -> str | None:

@@ -67,6 +67,15 @@ def test_free_disk_is_of_the_folder_that_will_hold_the_path(tmp_path):
 
 def test_an_object_store_has_no_known_free_disk():
     assert machine.free_disk("gs://bucket/run") is None
+    machine.check_disk("gs://bucket/run", 10**30, "runs", "name another")
+
+
+def test_a_disk_too_small_is_refused_with_what_takes_it_and_what_to_do(monkeypatch):
+    monkeypatch.setattr(machine, "free_disk", lambda path: 2_000_000_000)
+    machine.check_disk("there", 2_000_000_000, "runs", "name another")
+    message = "^there: 2.5 GB are needed for runs but 2.0 GB are free; name another$"
+    with pytest.raises(OSError, match=message):
+        machine.check_disk("there", 2_500_000_000, "runs", "name another")
 
 
 def git(folder, *args):

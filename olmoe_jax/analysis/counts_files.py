@@ -4,13 +4,13 @@ counted once."""
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 
 import numpy as np
 
+from olmoe_jax import files
+from olmoe_jax.analysis import counting, tallies, trace, trace_files
 from olmoe_jax.analysis import counts as counts_lib
-from olmoe_jax.analysis import tallies, trace, trace_files
 
 NAME = "counts.npz"  # in the directory of the trace that was counted
 _FORMAT = 2
@@ -35,15 +35,15 @@ def of_trace(source, *, vocabulary=True) -> counts_lib.Counts:
         kept_key = None  # none, or not whole: counted anew
     if kept_key == key and (kept.vocabulary is not None or not vocabulary):
         return kept
-    found = counts_lib.count(source, vocabulary=vocabulary)
+    found = counting.count(source, vocabulary=vocabulary)
     save(path, found, key=key)
     return found
 
 
 def _key(source):
     """What the counts of a trace depend on, as SHA-256."""
-    files = [source.path / trace_files.INFO, *sorted(source.path.glob("chunk_*.npz"))]
-    state = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    found = [source.path / trace_files.INFO, *sorted(source.path.glob("chunk_*.npz"))]
+    state = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in found]
     settings = [_FORMAT, counts_lib.GROUPS, counts_lib.FOLDS, dataclasses.asdict(source.info)]
     return hashlib.sha256(json.dumps([settings, state]).encode()).hexdigest()
 
@@ -71,15 +71,8 @@ def save(path, counts, *, key="") -> None:
         _put(arrays, f"occurrences/{kind}", tally)
     about["arrays"] = len(arrays)
     arrays["about"] = np.array(json.dumps(about))
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.whole(path) as file:
+        np.savez_compressed(file, **arrays)
 
 
 def load(path) -> counts_lib.Counts:

@@ -25,7 +25,6 @@ given as keywords of `read`, which are those of `foreign.make`. One always has t
 somewhere: `num_experts`, as ids alone do not say how many experts were never chosen.
 """
 
-import contextlib
 import csv
 import dataclasses
 import json
@@ -36,6 +35,7 @@ import zlib
 
 import numpy as np
 
+from olmoe_jax import files
 from olmoe_jax.analysis import foreign, trace, trace_files
 
 _IDS = ("expert_ids", "routed_experts")
@@ -191,13 +191,13 @@ def write_arrays(path, source):
         arrays["layers"] = np.array(source.info.layers)
         arrays["info"] = np.array(json.dumps(dataclasses.asdict(source.info)))
         content = lambda file: np.savez_compressed(file, **arrays)  # noqa: E731
-    with _whole(path, "wb") as file:
+    with files.whole(path) as file:
         content(file)
 
 
 def write_json_lines(path, source):
     """A Trace as JSON lines, its TraceInfo in the first."""
-    with _whole(_output(path), "w") as file:
+    with files.whole(_output(path), "w", encoding="utf-8") as file:
         file.write(json.dumps({"trace": dataclasses.asdict(source.info)}) + "\n")
         for block in source.blocks():
             for row in _rows(block):
@@ -207,7 +207,7 @@ def write_json_lines(path, source):
 def write_csv(path, source):
     """A Trace as CSV. What TraceInfo says beside the layers is lost."""
     k = source.info.num_experts_per_token
-    with _whole(_output(path), "w", newline="") as file:
+    with files.whole(_output(path), "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         for number, block in enumerate(source.blocks()):
             if not number:
@@ -272,16 +272,6 @@ def _output(path):
     if path.exists():
         raise FileExistsError(f"{path}: exists; take another name or delete it")
     return path
-
-
-@contextlib.contextmanager
-def _whole(path, mode, **options):
-    """A file that appears under its name when it is complete."""
-    new = path.with_name(f"{path.name}.new")
-    encoding = {} if "b" in mode else {"encoding": "utf-8"}
-    with new.open(mode, **encoding, **options) as file:
-        yield file
-    os.replace(new, path)
 
 
 def _parse_info(text, path):

@@ -5,7 +5,7 @@ import glob
 import os
 import pathlib
 
-from olmoe_jax.analysis import analyses, counts, exchange, sinks
+from olmoe_jax.analysis import analyses, counting, exchange, sinks
 
 SCORES = ("logits", "probabilities", "renormalised")
 MODEL = "traces"  # name of the model where the files do not say one
@@ -56,7 +56,7 @@ def _recordings(model, of_steps):
         raise ValueError(f"{model}: its checkpoints have traces of different domains")
     return [
         analyses.Recording(
-            {domain: counts.count(trace) for domain, trace in sorted(of_steps[key].items())},
+            {domain: counting.count(trace) for domain, trace in sorted(of_steps[key].items())},
             dict(sorted(of_steps[key].items())),
         )
         for key in sorted(of_steps)

@@ -230,12 +230,9 @@ def _check_disk(job, carried_tokens, where):
         layers=config.num_moe_layers, tokens=running.num_rows(group) * group[0].text.context_length,
         d_model=config.d_model, k=config.num_experts_per_token, dtype=config.dtype,
     )  # fmt: skip
-    free = machine.free_disk(where)
-    if free is not None and needed > free:
-        raise OSError(
-            f"{where}: activations need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; name "
-            "another scratch_folder or a smaller carried_tokens"
-        )
+    machine.check_disk(
+        where, needed, "activations", "name another scratch_folder or a smaller carried_tokens"
+    )
 
 
 def _run(job, sinks, carried_tokens, scratch_folder):

@@ -74,10 +74,11 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import pathlib
 
 import numpy as np
+
+from olmoe_jax import files
 
 DIGITS = 6
 NAMES = (
@@ -127,12 +128,5 @@ def clear(output, models=()) -> None:
 
 def write(path, value) -> None:
     """Writes JSON, whole or not at all."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(plain(value), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_text(path, text + "\n")

@@ -20,6 +20,8 @@ import time
 import ml_dtypes  # noqa: F401  np.dtype("bfloat16") exists once it is imported
 import numpy as np
 
+from olmoe_jax import files
+
 STATE = "state.json"
 MARK_SECONDS = 60.0  # between two marks within a layer
 
@@ -97,10 +99,8 @@ class Scratch:
             return
         for file in self._files.values():
             file.sync()
-        new = self._folder / f"{STATE}.new"
         state = {"job": self._job, "parts": self._parts, "layer": layer, "batch": batch}
-        new.write_text(json.dumps(state))
-        os.replace(new, self._folder / STATE)
+        files.write_text(self._folder / STATE, json.dumps(state))
         self._marked = time.monotonic()
 
 

@@ -45,7 +45,11 @@ def measure(config, options) -> dict:
     Raises:
       OSError: there is not enough room.
     """
-    _check_disk(config, options.scratch)
+    sizes = accounting.disk(config)
+    machine.check_disk(
+        options.scratch, 2 * (sizes.one_checkpoint + sizes.one_state),
+        "two saves of parameters and state", "name another --scratch",
+    )  # fmt: skip
     os.makedirs(options.scratch, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix="checkpoint_", dir=options.scratch) as folder,
@@ -64,16 +68,6 @@ def measure(config, options) -> dict:
         "came_back": came_back,
         **_figures(found, accounting.param_bytes(config.model, config.checkpoint.dtype)),
     }
-
-
-def _check_disk(config, scratch):
-    sizes = accounting.disk(config)
-    needed, free = 2 * (sizes.one_checkpoint + sizes.one_state), machine.free_disk(scratch)
-    if needed > free:
-        raise OSError(
-            f"{scratch}: {needed / 1e9:.1f} GB are needed (two saves of parameters and state) but "
-            f"{free / 1e9:.1f} GB are free; name another --scratch"
-        )
 
 
 class _Run:

@@ -64,7 +64,10 @@ def measure_port(model_config, *, shards, rounds, scratch) -> dict:
     shapes = tensor_shapes(model_config)
     size = sum(safetensors.num_bytes("bfloat16", shape) for shape in shapes.values())
     scratch = os.path.abspath(os.path.expanduser(scratch))
-    _check_disk(scratch, size)
+    machine.check_disk(
+        scratch, DISK_COPIES * size, f"{DISK_COPIES} copies of the model",
+        "name another --scratch or a smaller --num_layers",
+    )  # fmt: skip
     os.makedirs(scratch, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="port_", dir=scratch) as work:
         work = pathlib.Path(work)
@@ -88,16 +91,6 @@ def measure_port(model_config, *, shards, rounds, scratch) -> dict:
         **found.account(),
         "environment": machine.environment(),
     }
-
-
-def _check_disk(scratch, size):
-    needed, free = DISK_COPIES * size, machine.free_disk(scratch)
-    _say(f"{scratch}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-    if needed > free:
-        raise OSError(
-            f"{scratch}: {needed / 1e9:.1f} GB are needed ({DISK_COPIES} times the model) but "
-            f"{free / 1e9:.1f} GB are free; name another --scratch or a smaller --num_layers"
-        )
 
 
 def tensor_shapes(model_config) -> dict:

@@ -89,11 +89,10 @@ def measure(config, options) -> dict:
     shapes = port.tensor_shapes(config)
     size = sum(safetensors.num_bytes("bfloat16", shape) for shape in shapes.values())
     scratch = os.path.abspath(os.path.expanduser(options.scratch))
-    if (free := machine.free_disk(scratch)) < (needed := DISK_COPIES * size):
-        raise OSError(
-            f"{scratch}: {needed / 1e9:.1f} GB are needed but {free / 1e9:.1f} GB are free; name "
-            "another --scratch or a smaller --num_layers"
-        )
+    machine.check_disk(
+        scratch, DISK_COPIES * size, "weights and activations",
+        "name another --scratch or a smaller --num_layers",
+    )  # fmt: skip
     os.makedirs(scratch, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="recording_", dir=scratch) as folder:
         work = _Work(config, pathlib.Path(folder), _random_text(config), options.dtype)

@@ -13,12 +13,12 @@ import tempfile
 
 import jax
 
-# The same as experiments.app.tune_allocator does from within. Only glibc reads it.
+from olmoe_jax import machine
+
+# The same as experiments.app.tune_allocator does from within, without signs. Only glibc reads it.
 GLIBC_TUNABLES = ":".join(
-    f"glibc.malloc.{name}={value}"
-    for name, value in (("mmap_threshold", 2**63 - 1), ("trim_threshold", 2**63 - 1),
-                        ("arena_max", 1))
-)  # fmt: skip
+    f"glibc.malloc.{name}={value % 2**63}" for name, (_, value) in machine.MALLOC.items()
+)
 ENDING_SECONDS = 10.0
 
 

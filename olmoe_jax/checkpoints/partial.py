@@ -8,12 +8,12 @@ disk: hash a piece again before you believe in it.
 """
 
 import concurrent.futures
-import fcntl
 import json
 import os
 import pathlib
 import threading
 
+from olmoe_jax import files
 from olmoe_jax.checkpoints import manifest, naming
 
 JOURNAL = "journal.jsonl"
@@ -112,10 +112,8 @@ class Partial:
 
     def _read(self, job, others):
         """The pieces in the journal, of which a torn last line is cut off."""
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{self.folder}: another process is writing it") from None
+        if not files.try_lock(self._journal):
+            raise ValueError(f"{self.folder}: another process is writing it")
         self._journal.seek(0)
         whole = self._journal.read()
         whole = whole[: whole.rfind(b"\n") + 1]

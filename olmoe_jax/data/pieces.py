@@ -15,6 +15,7 @@ import pathlib
 
 import numpy as np
 
+from olmoe_jax import files
 from olmoe_jax.data import corpora
 from olmoe_jax.data import tokenizer as tokenizer_lib
 
@@ -107,8 +108,7 @@ def save(piece: Piece, path, dropped=(0, ())):
     table = json.dumps(
         {"records": piece.records, "skipped": dropped[0], "messages": list(dropped[1])}
     )
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
+    with files.whole(path) as file:
         np.savez(
             file,
             tokens=piece.tokens,
@@ -117,7 +117,6 @@ def save(piece: Piece, path, dropped=(0, ())):
             keys=piece.keys,
             table=np.frombuffer(table.encode(), np.uint8),
         )
-    os.replace(temporary, path)
 
 
 def load(path) -> Piece:

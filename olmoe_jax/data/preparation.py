@@ -7,7 +7,6 @@ DIR by one rename.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+from olmoe_jax import files
 from olmoe_jax.data import corpora, embedded, layout, packing, pieces
 from olmoe_jax.data import tokenizer as tokenizer_lib
 
@@ -132,9 +132,8 @@ def _workplace(output):
     """
     partial, kept = (output.with_name(output.name + suffix) for suffix in (".partial", ".pieces"))
     kept.mkdir(parents=True, exist_ok=True)
-    with open(kept / "lock", "w") as lock:
-        # waits for another process that prepares the same output, and then finds it done
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    # Waits for another process that prepares the same output, and then finds it done.
+    with files.locked(kept / "lock"):
         shutil.rmtree(partial, ignore_errors=True)  # with TFDS's incomplete.* in it
         if not output.exists():
             partial.mkdir()
@@ -185,11 +184,11 @@ class _Input:
 
     def identity(self):
         """What decides whether a directory was prepared from the same input."""
-        files = [
+        found = [
             [name, os.path.getsize(path), os.stat(path).st_mtime_ns]
             for name, path in zip(self._names, self.paths, strict=True)
         ]
-        return files + ([[EMBEDDED, embedded.fingerprint()]] if self.is_embedded else [])
+        return found + ([[EMBEDDED, embedded.fingerprint()]] if self.is_embedded else [])
 
     def slices(self, problems=None):
         """All slices of the input, in order."""
@@ -231,9 +230,8 @@ def _trained(source, vocab_size, kept, request, announce):
                     yield document.text
 
     tokenizer = tokenizer_lib.train(texts(), vocab_size=vocab_size)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(tokenizer.json)
-    os.replace(temporary, path)
+    with files.whole(path) as file:
+        file.write(tokenizer.json)
     return tokenizer
 
 

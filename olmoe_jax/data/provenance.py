@@ -7,6 +7,7 @@ import pathlib
 
 import numpy as np
 
+from olmoe_jax import files
 from olmoe_jax.data import layout, pipeline
 
 
@@ -72,12 +73,8 @@ def spans(data, documents) -> list[Span]:
 
 def save_arrays(path, batch):
     """Writes the batch to an .npz file, whole or not at all."""
-    path = pathlib.Path(os.path.expanduser(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    with files.whole(os.path.expanduser(path)) as file:
         np.savez(file, **batch)
-    os.replace(temporary, path)
 
 
 def _read_run(workdir):

@@ -2,7 +2,7 @@
 
 `open_folder` checks everything that can be known without reading the weights; `Folder.read` then
 maps one tensor into memory. Nothing that such a folder holds can run: safetensors and JSON are
-data, YAML goes through `safe_load`, pickled weights through torch's `weights_only`.
+data, YAML goes through `safe_load`, pickled weights through torch's `weights_only` (`pickles`).
 """
 
 import dataclasses
@@ -10,12 +10,11 @@ import fnmatch
 import functools
 import pathlib
 import re
-import shlex
 
 import numpy as np
 import yaml
 
-from olmoe_jax.porting import olmo_names, safetensors, tables
+from olmoe_jax.porting import olmo_names, pickles, safetensors, tables
 
 HUGGING_FACE = "huggingface"
 OLMO = "olmo"
@@ -213,7 +212,7 @@ def _choose(path, names, kind):
 def _scan(path, headers):
     """(name, Located, function that reads) of each tensor of a file; notes its header."""
     if path.suffix != ".safetensors":
-        for name, array in _read_pickled(path).items():
+        for name, array in pickles.read(path).items():
             yield name, Located(path.name, array.dtype.name, array.shape), lambda array=array: array
         return
     header = safetensors.read_header(path)
@@ -291,48 +290,3 @@ def _decoded(name, where):
         return olmo_names.decode(name)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-def _read_pickled(path):
-    """{name: read-only mapped array} of a file that torch.save wrote."""
-    try:
-        import torch
-    except ImportError:
-        raise ValueError(
-            f"{path}: pickled weights, which only torch reads; install torch, or pass a folder "
-            "with safetensors"
-        ) from None
-    if tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 6):
-        raise ValueError(
-            f"{path}: torch {torch.__version__} can be made to run code by a file, even with "
-            "weights_only (CVE-2025-32434); install 2.6 or newer"
-        )
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            raise ValueError(
-                f"{path}: no zip archive, as torch.save writes since torch 1.6; if an older one "
-                'wrote it, save it again: python -c "import sys, torch; f = sys.argv[1]; '
-                f"torch.save(torch.load(f, 'cpu', weights_only=True), f)\" {shlex.quote(str(path))}"
-            )
-    try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # a broken or hostile pickle fails in any way it likes
-        reason = str(error).strip().splitlines()
-        raise ValueError(
-            f"{path}: torch does not read it as weights: {reason[0] if reason else repr(error)}"
-        ) from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a {type(content).__name__}, expected a dict of tensors")
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    arrays = {}
-    for name, value in content.items():
-        tensor = isinstance(value, torch.Tensor) and value.layout == torch.strided
-        if not tensor or not isinstance(name, str) or value.device.type != "cpu":
-            raise ValueError(f"{path}: {name!r} is a {type(value).__name__}, expected a tensor")
-        try:  # NumPy has no bfloat16 of its own, so the bytes cross as integers
-            array = value.detach().view(integers[value.element_size()]).numpy()
-            arrays[name] = array.view(str(value.dtype).removeprefix("torch."))
-        except (KeyError, TypeError, RuntimeError):
-            raise ValueError(f"{path}: {name!r} has dtype {value.dtype}, not supported") from None
-        arrays[name].flags.writeable = False
-    return arrays

@@ -319,12 +319,9 @@ def check_disk(output, total):
         if there.is_dir()
         else 0
     )
-    needed, free = int(total * 1.01) - kept, machine.free_disk(output)
-    if needed > free:
-        raise OSError(
-            f"{output.parent}: {needed / 1e9:.1f} GB are needed but {free / 1e9:.1f} GB are free; "
-            "free some or name another --output"
-        )
+    machine.check_disk(
+        output.parent, int(total * 1.01) - kept, "the output", "free some or name another --output"
+    )
 
 
 def _parse(to, data):

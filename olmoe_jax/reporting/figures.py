@@ -1,16 +1,14 @@
 """The charts and heat maps of a page as pictures (PNG, SVG) and as the numbers in them (CSV)."""
 
 import csv
-import io
-import os
 import pathlib
 import re
 import textwrap
 
 import numpy as np
 
+from olmoe_jax import files
 from olmoe_jax.reporting import blocks as blocks_lib
-from olmoe_jax.reporting import pages
 
 LOW, EVEN, HIGH = "#b35806", "#f4f6f8", "#0072b2"  # of heat maps with a middle, as on the page
 PALETTE = ("#0072b2", "#c44e00", "#00815f", "#b0558a", "#8a6d00", "#5a6fd0", "#6b6b6b")
@@ -55,21 +53,11 @@ def write(blocks, directory):
             axes.set_title(textwrap.fill(title, 90))
             draw(axes)
             for ending, metadata in (("png", {}), ("svg", {"Date": None})):
-                _save(drawing, directory / f"{stem}.{ending}", ending, metadata)
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        pages.write(directory / f"{stem}.csv", text.getvalue())
+                with files.whole(directory / f"{stem}.{ending}") as file:
+                    drawing.savefig(file, format=ending, metadata=metadata)
+        with files.whole(directory / f"{stem}.csv", "w", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
     return names
-
-
-def _save(drawing, path, ending, metadata):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        drawing.savefig(temporary, format=ending, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _pictures(blocks):

@@ -1,8 +1,7 @@
-"""Blocks as the HTML text of one page, and the page as a file."""
+"""Blocks as the HTML text of one page."""
 
 import html
 import itertools
-import os
 import pathlib
 import re
 
@@ -33,18 +32,6 @@ def page(title, subtitle, blocks) -> str:
 def num_bytes(blocks) -> int:
     """Bytes of a page of these blocks, but for its title."""
     return len(page("", "", blocks).encode())
-
-
-def write(path, text):
-    """Writes a page, or another text, whole or not at all."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _document(title, subtitle, body, scripts):

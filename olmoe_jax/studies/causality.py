@@ -6,13 +6,12 @@ which earlier ones are computed. In text that is being generated there are no la
 
 import functools
 import json
-import os
 import pathlib
 
 import jax
 import numpy as np
 
-from olmoe_jax import checkpoints, sharding
+from olmoe_jax import checkpoints, files, sharding
 from olmoe_jax.data import pipeline
 from olmoe_jax.model import transformer
 from olmoe_jax.training import step as step_lib
@@ -79,9 +78,7 @@ def measure(workdir, config, data, *, devices=None):
         return
     every = np.concatenate(differences).astype(np.float64)
     content = {DEPENDENCE: float(np.abs(every).mean()), ADVANTAGE: float(every.mean())}
-    temporary = target.with_name(f"{FILE}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content) + "\n")
-    os.replace(temporary, target)
+    files.write_text(target, json.dumps(content) + "\n")
 
 
 def check(config, data):

@@ -1,13 +1,12 @@
 """Losses by document at the end of a run: what a bootstrap over documents draws from."""
 
 import functools
-import os
 import pathlib
 
 import jax
 import numpy as np
 
-from olmoe_jax import checkpoints, sharding
+from olmoe_jax import checkpoints, files, sharding
 from olmoe_jax.data import layout, pipeline
 from olmoe_jax.model import transformer
 from olmoe_jax.studies import results
@@ -58,6 +57,5 @@ def measure(workdir, config, data, *, devices=None):
             targets += np.bincount(numbers, minlength=len(documents))
     if jax.process_index():
         return
-    temporary = target.with_name(f"{target.stem}.{os.getpid()}.tmp.npz")
-    np.savez(temporary, documents=documents, nats=nats, targets=targets)
-    os.replace(temporary, target)
+    with files.whole(target) as file:
+        np.savez(file, documents=documents, nats=nats, targets=targets)

@@ -1,14 +1,12 @@
 """From a study's finished runs to its report: verdicts, costs and routing as plain numbers."""
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 
 import numpy as np
 
-from olmoe_jax import reporting
+from olmoe_jax import files
 from olmoe_jax.studies import (
     bigram,
     declaration,
@@ -48,21 +46,12 @@ def write(plan, *, protocol=None, notes=(), announce=print) -> dict:
     bigram_loss = baseline["validation/bigram_loss"]
     findings = [verdict.judge(o, found, bigram_loss=bigram_loss) for o in plan.study.outcomes]
     content = summary(plan, found, findings, baseline, protocol, notes)
-    with _alone(plan.workdir, announce):
+    waiting = f"{plan.workdir}: another process writes the report; waiting for it"
+    with files.locked(plan.workdir / LOCK, waiting=lambda: announce(waiting)):
         content["routing"] = routing.measure(plan, found, announce=announce)
         runner.write_json(plan.workdir / DATA, content)
-        reporting.write(plan.workdir / PAGE, page.build(plan, found, findings, content))
+        files.write_text(plan.workdir / PAGE, page.build(plan, found, findings, content))
     return content
-
-
-@contextlib.contextmanager
-def _alone(workdir, announce):
-    """Lets one process at a time write a study's report; the lock goes with the process."""
-    with open(workdir / LOCK, "w") as lock:
-        if not runs.try_lock(lock):
-            announce(f"{workdir}: another process writes the report; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def bigram_baseline(plan, announce) -> dict:

@@ -17,7 +17,7 @@ import shutil
 
 import numpy as np
 
-from olmoe_jax.analysis import counts, domains, matching, recording, saturation, suites, texts
+from olmoe_jax.analysis import counting, domains, matching, recording, saturation, suites, texts
 from olmoe_jax.training import runs
 
 FOLDER = "routing"
@@ -129,7 +129,7 @@ def _record(checkpoint, text, output):
     """A sinks.Recorded per domain; what lies in `output` is not computed again."""
 
     def counter(info):
-        return counts.Counter(info, vocabulary=False)
+        return counting.Counter(info, vocabulary=False)
 
     return list(recording.record(checkpoint, text, output, accumulate=counter, announce=_quiet))
 

@@ -13,7 +13,6 @@ folder first, and the others go on to the next.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
@@ -21,7 +20,7 @@ import shutil
 
 import jax
 
-from olmoe_jax import checkpoints
+from olmoe_jax import checkpoints, files
 from olmoe_jax.data import pipeline
 from olmoe_jax.studies import causality, declaration, documents, equality, results
 from olmoe_jax.training import loop, machine, metrics, preflight, runs
@@ -67,8 +66,8 @@ class Plan:
         if (path / results.DIVERGED).is_file():
             return True
         finished = runs.finished_record(path, self.config(arm, seed)) is not None
-        files = [results.DOCUMENTS, *([causality.FILE] if self.needs_causality else [])]
-        return finished and all((path / file).is_file() for file in files)
+        needed = [results.DOCUMENTS, *([causality.FILE] if self.needs_causality else [])]
+        return finished and all((path / file).is_file() for file in needed)
 
     @property
     def needs_causality(self) -> bool:
@@ -310,8 +309,7 @@ def share_data(workdir, path, config, announce):
     path.mkdir(parents=True, exist_ok=True)
     shared = workdir / "data"
     shared.mkdir(exist_ok=True)
-    with open(shared / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # others wait: they need it too
+    with files.locked(shared / ".lock"):  # others wait: they need it too
         if not (path / "data").exists():
             (path / "data").unlink(missing_ok=True)  # a link to nowhere
             (path / "data").symlink_to(os.path.relpath(shared, path), target_is_directory=True)
@@ -329,7 +327,7 @@ def claim(path):
         return
     path.mkdir(parents=True, exist_ok=True)
     with open(path / ".lock", "w") as lock:
-        mine = runs.try_lock(lock)
+        mine = files.try_lock(lock)
         if not mine and jax.process_count() > 1:  # the others of this job would wait for ever
             raise ValueError(f"{path}: another job is at it; give each job its --arm and --seed")
         yield mine
@@ -386,6 +384,4 @@ def write_marker(plan):
 
 def write_json(path, content):
     """Writes a JSON file, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    files.write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

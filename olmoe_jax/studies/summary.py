@@ -10,7 +10,7 @@ Nothing is judged anew: effects, intervals and verdicts are those of the reports
 import json
 import pathlib
 
-from olmoe_jax import reporting
+from olmoe_jax import files, reporting
 from olmoe_jax.studies import runner
 
 NOT_RUN = "not run"
@@ -159,8 +159,8 @@ def write(folder, table):
     """Writes summary.json, summary.md and summary.html in a folder, each whole or not at all."""
     folder = pathlib.Path(folder)
     runner.write_json(folder / DATA, table)
-    reporting.write(folder / TEXT, markdown(table))
-    reporting.write(folder / PAGE, page(table))
+    files.write_text(folder / TEXT, markdown(table))
+    files.write_text(folder / PAGE, page(table))
 
 
 def _cells(table, code="{}"):

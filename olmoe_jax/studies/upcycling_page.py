@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from olmoe_jax import reporting
+from olmoe_jax import files, reporting
 from olmoe_jax.studies import crossings, declaration, runner, upcycling_report
 from olmoe_jax.studies.upcycling_report import DENSE, LOSS, SCRATCH, UPCYCLED
 from olmoe_jax.training import metrics
@@ -46,7 +46,7 @@ def write(comparison):
     """Writes compare.json, report.html and compare.png into the study's workdir, each whole."""
     workdir = comparison.plan.workdir
     draw(comparison, workdir / upcycling_report.PICTURE)
-    reporting.write(workdir / upcycling_report.PAGE, build(comparison))
+    files.write_text(workdir / upcycling_report.PAGE, build(comparison))
     runner.write_json(workdir / upcycling_report.DATA, comparison.content)
 
 

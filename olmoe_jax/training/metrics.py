@@ -24,6 +24,8 @@ import tqdm
 from tensorboardX import record_writer
 from tensorboardX.proto import event_pb2, summary_pb2
 
+from olmoe_jax import files
+
 # What TensorBoard shows; metrics.jsonl has everything, per layer.
 SUMMARIES = (
     "train/loss",
@@ -126,9 +128,8 @@ def cut_back(path, step, *, announce=print) -> int:
     path = pathlib.Path(path)
     if not path.exists():
         return -1
-    last, temporary = -1, path.with_name(path.name + ".tmp")
-    with open(path, "rb") as old, open(temporary, "wb") as new:
-        broken = None
+    last, broken = -1, None
+    with open(path, "rb") as old, files.whole(path) as new:
         for number, line in enumerate(old, start=1):
             if broken is not None:
                 raise ValueError(
@@ -142,7 +143,6 @@ def cut_back(path, step, *, announce=print) -> int:
                 last = int(match[1])
     if broken is not None:
         announce(f"note: {path}, line {broken}: cut short, dropped")
-    os.replace(temporary, path)
     return last
 
 

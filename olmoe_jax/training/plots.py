@@ -1,7 +1,5 @@
 """A run's picture: losses over its steps, and how evenly the experts are used."""
 
-import os
-import pathlib
 import re
 
 import matplotlib
@@ -9,6 +7,7 @@ import numpy as np
 from matplotlib import colors, figure
 from matplotlib.backends import backend_agg
 
+from olmoe_jax import files
 from olmoe_jax.training import metrics
 
 # Okabe and Ito's palette, which the colour-blind can tell apart; black and grey are used by name.
@@ -55,14 +54,8 @@ def draw_run(workdir, path, *, unigram_loss=None):
 
 def save(drawing, path):
     """Writes a matplotlib figure as PNG, whole or not at all."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        drawing.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.whole(path) as file:
+        drawing.savefig(file, format="png")
 
 
 def _collect(workdir):

@@ -2,14 +2,13 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
 
 import jax
 
-from olmoe_jax import checkpoints
+from olmoe_jax import checkpoints, files
 from olmoe_jax import config as config_lib
 from olmoe_jax.checkpoints import naming
 from olmoe_jax.data import pipeline, tokenizer
@@ -68,16 +67,6 @@ def check_workdir_name(workdir):
         )
 
 
-def try_lock(file) -> bool:
-    """Whether an open file is locked now, for this process and until it is closed; False: another
-    process has the lock."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 @contextlib.contextmanager
 def alone(workdir):
     """Keeps other processes from training in a workdir, which is made, until the end of the block.
@@ -94,7 +83,7 @@ def alone(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / _LOCK, "w") as lock:
         try:
-            mine = try_lock(lock)
+            mine = files.try_lock(lock)
         except OSError:
             mine = True  # a file system without locks
         if not mine:
@@ -297,6 +286,4 @@ def write_config(workdir, config, *, data, peak):
         "peak_flops_source": peak[1],
         "environment": machine.environment(),
     }
-    temporary = workdir / "config.json.tmp"
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, workdir / "config.json")
+    files.write_text(workdir / "config.json", json.dumps(content, indent=2) + "\n")

@@ -4,8 +4,7 @@ import itertools
 import numpy as np
 import pytest
 
-from olmoe_jax.analysis import coactivation, results, words
-from olmoe_jax.analysis import counts as counts_lib
+from olmoe_jax.analysis import coactivation, counting, results, words
 from tests.analysis import synthetic
 
 
@@ -31,7 +30,7 @@ def slow_coactivation(ids, experts, definition):
 @pytest.mark.parametrize("missing", [0.0, 0.2])
 def test_coactivation_is_that_of_a_loop(definition, missing):
     source = synthetic.make_trace(k=4, missing=missing)
-    result = coactivation.coactivation(counts_lib.count(source), definition=definition)
+    result = coactivation.coactivation(counting.count(source), definition=definition)
     for row, layer in enumerate(result.layers):
         want = slow_coactivation(source.tokens.expert_ids[:, row], 7, definition)
         np.testing.assert_allclose(layer.matrix.value, want)
@@ -39,7 +38,7 @@ def test_coactivation_is_that_of_a_loop(definition, missing):
 
 def test_the_two_definitions_differ_and_random_sets_reach_their_chance_level():
     source = synthetic.make_trace(experts=16, k=4, tokens=20000)
-    counts = counts_lib.count(source, vocabulary=False)
+    counts = counting.count(source, vocabulary=False)
     for definition, chance in (("paper", 3 / 15), ("adjacent", 2 / 4 * 3 / 15)):
         result = coactivation.coactivation(counts, definition=definition)
         assert result.chance == pytest.approx(chance)
@@ -56,7 +55,7 @@ def test_a_planted_group_is_found_and_named():
     for t in rows:
         rest = [e for e in ids[t, 1] if e not in (2, 9, 13)]
         ids[t, 1] = [9, 13, 2, rest[0]]
-    counts = counts_lib.count(source)
+    counts = counting.count(source)
     result = coactivation.coactivation(counts)
     group = result.layers[1].groups[0]
     assert set(group.experts) == {2, 9, 13}
@@ -73,7 +72,7 @@ def test_a_planted_group_is_found_and_named():
 
 
 def test_what_has_no_pairs_is_refused():
-    counts = counts_lib.count(synthetic.make_trace(k=1))
+    counts = counting.count(synthetic.make_trace(k=1))
     with pytest.raises(ValueError, match="to one expert"):
         coactivation.coactivation(counts)
     with pytest.raises(ValueError, match="'all': expected one of paper, adjacent"):

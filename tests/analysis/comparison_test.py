@@ -3,6 +3,7 @@ import pytest
 
 from olmoe_jax.analysis import (
     comparison,
+    counting,
     domains,
     load,
     resampling,
@@ -23,7 +24,7 @@ def model(name, *, layers, experts, planted=0.0):
         source = synthetic.make_trace(
             seed=seed, layers=layers, experts=experts, ids=ids, model=name, domain=domain
         )
-        parts.append(counts_lib.count(source))
+        parts.append(counting.count(source))
     pooled = counts_lib.pool(parts)
     return comparison.curves(
         domains=domains.specialisation(parts), load=load.load(pooled), layers=layers,

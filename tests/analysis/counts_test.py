@@ -7,8 +7,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
+from olmoe_jax.analysis import counting, counts_files, trace, trace_files
 from olmoe_jax.analysis import counts as counts_lib
-from olmoe_jax.analysis import counts_files, trace, trace_files
 from tests.analysis import synthetic
 
 
@@ -54,12 +54,12 @@ def as_counter(array):
 
 @pytest.mark.parametrize("missing, k, size", [(0.0, 3, 137), (0.3, 3, 137), (0.1, 5, 900)])
 def test_counts_are_those_of_a_loop_over_tokens(missing, k, size, monkeypatch):
-    monkeypatch.setattr(counts_lib, "_TOKENS", 400)
-    monkeypatch.setattr(counts_lib, "_KEYS", 100)  # of the pairs of some 16 tokens
+    monkeypatch.setattr(counting, "_TOKENS", 400)
+    monkeypatch.setattr(counting, "_KEYS", 100)  # of the pairs of some 16 tokens
     source = synthetic.make_trace(
         layers=(0, 2, 3, 5), missing=missing, documents=1203, tokens=900, k=k
     )
-    counts = counts_lib.count(source, size=size, folds=3)
+    counts = counting.count(source, size=size, folds=3)
     want = slow_counts(source, 3)
     for name in ("group_topk", "group_top1", "pairs", "adjacent", "paths"):
         assert as_counter(getattr(counts, name)) == dict(want[name]), name
@@ -111,32 +111,32 @@ def assert_same(one, two):
 @hypothesis.given(st.lists(st.integers(0, 97), max_size=4), st.integers(1, 50))
 def test_parts_merge_to_the_whole(cuts, size):
     source = synthetic.make_trace(tokens=97, documents=11, missing=0.1)
-    whole = counts_lib.count(source, folds=4)
+    whole = counting.count(source, folds=4)
     edges = [0, *sorted(cuts), 97]
     parts = []
     for start, end in itertools.pairwise(edges):
         part = trace.MemoryTrace(source.info, trace.cut(source.tokens, slice(start, end)))
         if start < end:
-            parts.append(counts_lib.count(part, size=size, folds=4))
+            parts.append(counting.count(part, size=size, folds=4))
     assert_same(counts_lib.merge(parts), whole)
 
 
 def test_tallies_that_grow_past_their_patience_are_right(monkeypatch):
     monkeypatch.setattr("olmoe_jax.analysis.tallies._PATIENCE", 5)
     source = synthetic.make_trace()
-    few = counts_lib.count(source, size=31)
+    few = counting.count(source, size=31)
     monkeypatch.undo()
-    assert_same(few, counts_lib.count(source))
+    assert_same(few, counting.count(source))
 
 
 @pytest.mark.parametrize("cores", [1, 5])
 def test_layers_are_counted_in_threads_without_touching_each_other(cores, monkeypatch):
     source = synthetic.make_trace(layers=tuple(range(6)), tokens=3000, missing=0.05)
-    monkeypatch.setattr(counts_lib.machine, "cores", lambda: cores)
-    found = counts_lib.count(source, size=500)
+    monkeypatch.setattr(counting.machine, "cores", lambda: cores)
+    found = counting.count(source, size=500)
     for place in range(6):
         ids = source.tokens.expert_ids[:, [place]]
-        alone = counts_lib.count(
+        alone = counting.count(
             trace.MemoryTrace(
                 dataclasses.replace(source.info, layers=(place,)),
                 dataclasses.replace(source.tokens, expert_ids=ids, weights=None),
@@ -156,7 +156,7 @@ def test_layers_are_counted_in_threads_without_touching_each_other(cores, monkey
 
 
 def test_pooled_domains_keep_their_documents_apart():
-    parts = [counts_lib.count(synthetic.make_trace(seed=s, domain=d))
+    parts = [counting.count(synthetic.make_trace(seed=s, domain=d))
              for s, d in ((0, "books"), (1, "code"))]  # fmt: skip
     pooled = counts_lib.pool(parts)
     np.testing.assert_array_equal(
@@ -165,7 +165,7 @@ def test_pooled_domains_keep_their_documents_apart():
     np.testing.assert_array_equal(pooled.pairs, parts[0].pairs + parts[1].pairs)
     assert (pooled.info.domain, pooled.info.num_tokens) == ("books, code", 1200)
     with pytest.raises(ValueError, match="num_experts 7, .* has 8"):
-        counts_lib.pool([parts[0], counts_lib.count(synthetic.make_trace(experts=8))])
+        counts_lib.pool([parts[0], counting.count(synthetic.make_trace(experts=8))])
 
 
 def _flipped(data, place):
@@ -202,7 +202,7 @@ def test_damaged_counts_are_one_error_and_counted_anew(damage, tmp_path):
 @pytest.mark.parametrize("vocabulary", [True, False])
 def test_a_file_holds_all_of_it(tmp_path, vocabulary):
     source = synthetic.make_trace(checkpoint="step5", step=5, near_ties=(3, 1))
-    counts = counts_lib.count(source, size=101, vocabulary=vocabulary)
+    counts = counting.count(source, size=101, vocabulary=vocabulary)
     counts_files.save(tmp_path / "counts.npz", counts)
     loaded = counts_files.load(tmp_path / "counts.npz")
     assert loaded.info == counts.info and loaded.path_layers == counts.path_layers
@@ -213,7 +213,7 @@ def test_a_file_holds_all_of_it(tmp_path, vocabulary):
 def test_a_source_without_weights_or_predictions_says_so():
     source = synthetic.make_trace(weights=False)
     block = dataclasses.replace(source.tokens, predicted_ids=np.full(600, -1, np.int32))
-    counts = counts_lib.count(trace.MemoryTrace(source.info, block))
+    counts = counting.count(trace.MemoryTrace(source.info, block))
     assert counts.group_weights is None
     assert {kind for kind, _ in counts.vocabulary} == {"input", "next"}
 
@@ -224,15 +224,15 @@ def test_bad_ids_and_files_are_refused(tmp_path):
     ids[5, 1, 2] = 7
     broken = dataclasses.replace(source.tokens, expert_ids=ids)
     with pytest.raises(ValueError, match="expert id 7; the model has 7 experts"):
-        counts_lib.count(trace.MemoryTrace(source.info, broken))
+        counting.count(trace.MemoryTrace(source.info, broken))
     ids[5, 1, 2] = ids[5, 1, 0]
     with pytest.raises(ValueError, match="layer 4: a token has one expert twice"):
-        counts_lib.count(trace.MemoryTrace(source.info, broken))
+        counting.count(trace.MemoryTrace(source.info, broken))
     empty = trace.MemoryTrace(source.info, trace.cut(source.tokens, slice(0)))
     with pytest.raises(ValueError, match="on books: holds no token"):
-        counts_lib.count(empty)
+        counting.count(empty)
     wide = dataclasses.replace(source.tokens, input_ids=np.full(600, 2**27, np.int32))
     with pytest.raises(ValueError, match="fewer folds"):
-        counts_lib.count(trace.MemoryTrace(source.info, wide))
+        counting.count(trace.MemoryTrace(source.info, wide))
     with pytest.raises(FileNotFoundError, match="no such file"):
         counts_files.load(tmp_path / "none.npz")

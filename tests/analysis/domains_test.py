@@ -3,8 +3,7 @@ import collections
 import numpy as np
 import pytest
 
-from olmoe_jax.analysis import counts as counts_lib
-from olmoe_jax.analysis import domains, results, words
+from olmoe_jax.analysis import counting, domains, results, words
 from tests.analysis import synthetic
 
 NAMES = ("books", "code", "news")
@@ -26,7 +25,7 @@ def random_parts(*, layers=(1, 4), experts=16, documents=40, tokens=2000, plante
 
 
 def counted(sources):
-    return [counts_lib.count(source, vocabulary=False) for source in sources]
+    return [counting.count(source, vocabulary=False) for source in sources]
 
 
 def test_shares_and_distances_are_those_of_a_loop():
@@ -90,7 +89,7 @@ def test_shuffled_documents_are_no_better_than_chance():
             here = source.tokens.documents == document
             favourite = int(rng.integers(16))
             source.tokens.expert_ids[here] = synthetic.plant(ids[here], 0, favourite, 0.8)
-        parts.append(counts_lib.count(source))
+        parts.append(counting.count(source))
     result = domains.specialisation(parts)
     assert result.topk.baseline == "permuted documents"
     assert (result.topk.tv.value[0] > result.topk.random[:, 1]).all()
@@ -99,7 +98,7 @@ def test_shuffled_documents_are_no_better_than_chance():
 
 def test_paths_are_those_of_a_loop():
     source = synthetic.make_trace(layers=(0, 3, 9), tokens=900, experts=5, k=2, missing=0.1)
-    counts = counts_lib.count(source)
+    counts = counting.count(source)
     found = domains.expert_paths(counts, threshold=0, most=25)
     first = source.tokens.expert_ids[:, :, 0].astype(int)
     for path in found:
@@ -132,6 +131,6 @@ def test_one_domain_and_bad_domains():
         domains.specialisation([])
     with pytest.raises(ValueError, match="twice"):
         domains.specialisation([parts[0], parts[0]])
-    other = counts_lib.count(synthetic.make_trace(experts=8, domain="mail"))
+    other = counting.count(synthetic.make_trace(experts=8, domain="mail"))
     with pytest.raises(ValueError, match="num_experts"):
         domains.specialisation([parts[0], other])

@@ -11,7 +11,7 @@ import pytest
 import olmoe_jax
 from olmoe_jax import checkpoints, config
 from olmoe_jax.analysis import (
-    counts,
+    counting,
     domains,
     intervening,
     interventions,
@@ -79,7 +79,7 @@ def _saved(folder, params, model):
 
 
 def _plan(folder, found, number):
-    recorded = recording.record(folder, found, accumulate=counts.Counter, announce=tiny.quiet)
+    recorded = recording.record(folder, found, accumulate=counting.Counter, announce=tiny.quiet)
     parts = [one.accumulated.result() for one in recorded]
     return interventions.plan(domains.specialisation(parts), number), parts
 

@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from olmoe_jax.analysis import counts as counts_lib
-from olmoe_jax.analysis import load, results, trace, words
+from olmoe_jax.analysis import counting, load, results, trace, words
 from tests.analysis import synthetic
 
 
@@ -17,7 +16,7 @@ def test_health_is_that_of_a_loop():
     source.tokens.expert_ids[:, 0] = np.take_along_axis(
         ids[:, 0], np.argsort(ids[:, 0] < 0, axis=-1, kind="stable"), -1
     )
-    counts = counts_lib.count(source)
+    counts = counting.count(source)
     one = load.load(counts)
     for layer in range(2):
         chosen = source.tokens.expert_ids[:, layer]
@@ -51,7 +50,7 @@ def test_the_spread_of_the_weights_is_the_gap_of_the_logits():
     probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     source = synthetic.make_trace(experts=9, k=4, tokens=500)
     block = dataclasses.replace(source.tokens, weights=probs[..., :4].astype(np.float32))
-    one = load.load(counts_lib.count(trace.MemoryTrace(source.info, block)))
+    one = load.load(counting.count(trace.MemoryTrace(source.info, block)))
     np.testing.assert_allclose(
         one.logit_spread.value, (logits[..., 0] - logits[..., 3]).mean(0), rtol=1e-4
     )
@@ -59,7 +58,7 @@ def test_the_spread_of_the_weights_is_the_gap_of_the_logits():
 
 
 def test_few_tokens_leave_experts_without_one_by_chance():
-    counts = counts_lib.count(synthetic.make_trace(experts=64, k=1, tokens=50, documents=5))
+    counts = counting.count(synthetic.make_trace(experts=64, k=1, tokens=50, documents=5))
     one = load.load(counts)
     dead = sum(len(ids) for ids in one.dead)
     assert dead == pytest.approx(2 * one.dead_by_chance, rel=0.2)
@@ -68,7 +67,7 @@ def test_few_tokens_leave_experts_without_one_by_chance():
 
 def test_over_training_is_in_order_of_steps():
     parts = [
-        counts_lib.count(synthetic.make_trace(step=step, checkpoint=f"step{step}", seed=step,
+        counting.count(synthetic.make_trace(step=step, checkpoint=f"step{step}", seed=step,
                                               weights=step != 9)) for step in (9, 2, 5)
     ]  # fmt: skip
     rows = load.over_training(parts, total_steps=20)
@@ -76,7 +75,7 @@ def test_over_training_is_in_order_of_steps():
     written = results.plain(load.to_json(rows))["rows"]
     assert written[2]["layers"]["4"]["confidence"] is None
     assert sum(written[0]["layers"]["1"]["load"]) == pytest.approx(1, rel=1e-4)
-    other = counts_lib.count(synthetic.make_trace(experts=8))
+    other = counting.count(synthetic.make_trace(experts=8))
     with pytest.raises(ValueError, match="num_experts"):
         load.over_training([*parts, other])
     with pytest.raises(ValueError, match="at least one"):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from olmoe_jax import reporting
-from olmoe_jax.analysis import analyses, counts, page, results
+from olmoe_jax.analysis import analyses, counting, page, results
 from olmoe_jax.analysis.page import tokens, training
 from tests.analysis import synthetic
 
@@ -114,7 +114,7 @@ def test_what_a_model_or_text_does_not_have_is_a_note():
     assert "co-activation: each token goes to one expert" in one_expert.notes
     assert any("tokens are given by their numbers" in note for note in one_expert.notes)
     traces = {"books": synthetic.make_trace(tokens=9, documents=2, checkpoint="step1", step=1)}
-    parts = {name: counts.count(one) for name, one in traces.items()}
+    parts = {name: counting.count(one) for name, one in traces.items()}
     few = analyses.find([analyses.Recording(parts, traces)])
     assert not few.vocabulary and any("no token occurs 10 times" in n for n in few.notes)
     for found in (one_expert, few):

@@ -350,7 +350,7 @@ def test_the_tokenizer_must_be_the_models(tmp_path):
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(model, monkeypatch):
     monkeypatch.setattr(recording.machine, "free_disk", lambda path: 1000)
-    with pytest.raises(OSError, match="activations need .* smaller carried_tokens"):
+    with pytest.raises(OSError, match="needed for activations .* smaller carried_tokens"):
         _refused(model, models.text("a", 900), streamed=True)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from olmoe_jax.analysis import (
-    counts,
+    counting,
     counts_files,
     recording,
     results,
@@ -129,7 +129,7 @@ def test_counts_of_another_session_are_not_taken(checkpoints, tmp_path):
 def test_what_was_counted_is_not_counted_again(checkpoints, tmp_path, monkeypatch):
     first, _ = _record(checkpoints[-1:], tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(counts, "count", None)  # cannot be called
+        patch.setattr(counting, "count", None)  # cannot be called
         again, _ = _record(checkpoints[-1:], tmp_path)
     for one, two in zip(first[0].parts.values(), again[0].parts.values(), strict=True):
         assert one.info == two.info and one.vocabulary.keys() == two.vocabulary.keys()
@@ -139,8 +139,8 @@ def test_what_was_counted_is_not_counted_again(checkpoints, tmp_path, monkeypatc
 def test_counts_of_another_trace_are_not_taken(checkpoints, tmp_path, monkeypatch):
     (found,), _ = _record(checkpoints[-1:], tmp_path)
     trace = found.traces["a"]
-    calls, real = [], counts.count
-    monkeypatch.setattr(counts, "count", lambda *a, **o: calls.append(o) or real(*a, **o))
+    calls, real = [], counting.count
+    monkeypatch.setattr(counting, "count", lambda *a, **o: calls.append(o) or real(*a, **o))
     counts_files.of_trace(trace, vocabulary=False)  # what is kept has more than is asked
     assert not calls
     chunk = trace.path / "chunk_00000.npz"

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from olmoe_jax.analysis import analyses, counts, trace
+from olmoe_jax.analysis import analyses, counting, trace
 
 
 def random_ids(rng, tokens, layers, experts, k):
@@ -67,6 +67,6 @@ def recordings(*, steps=(10, 20, 40), domains=("books", "code"), layers=(1, 4), 
                 domain=domain, data=f"text {i}", checkpoint=f"step{step}", step=step,
                 train_tokens=64 * step,
             )  # fmt: skip
-        parts = {domain: counts.count(one) for domain, one in traces.items()}
+        parts = {domain: counting.count(one) for domain, one in traces.items()}
         found.append(analyses.Recording(parts, traces))
     return found

@@ -3,8 +3,7 @@ import collections
 import numpy as np
 import pytest
 
-from olmoe_jax.analysis import counts as counts_lib
-from olmoe_jax.analysis import results, vocabulary, words
+from olmoe_jax.analysis import counting, results, vocabulary, words
 from tests.analysis import synthetic
 
 
@@ -32,7 +31,7 @@ def slow_scores(source, kind, rank, layer, min_count):
 @pytest.mark.parametrize("missing, min_count", [(0.0, 10), (0.2, 1), (0.0, 1)])
 def test_specialisation_is_that_of_a_loop(missing, min_count):
     source = synthetic.make_trace(missing=missing, vocab=61)
-    counts = counts_lib.count(source, size=100)
+    counts = counting.count(source, size=100)
     found = vocabulary.vocabulary(counts, min_count=min_count)
     assert len(found) == 6
     for (kind, rank), one in found.items():
@@ -55,18 +54,18 @@ def test_specialisation_is_that_of_a_loop(missing, min_count):
 
 def test_a_router_that_ignores_tokens_reaches_the_random_level():
     source = synthetic.make_trace(tokens=30000, experts=16, k=4, vocab=400, documents=300)
-    found = vocabulary.vocabulary(counts_lib.count(source), min_count=10)
+    found = vocabulary.vocabulary(counting.count(source), min_count=10)
     for (_, rank), one in found.items():
         near = 0.01 if rank == "top1" else 0.02
         np.testing.assert_allclose(one.mean.value, one.random, atol=near)
-    counts = counts_lib.count(source)
+    counts = counting.count(source)
     said = words.worded(counts, found)
     assert len(said) == 3 and all("no better than chance" in sentence for sentence in said)
 
 
 def test_tokens_seen_once_inflate_the_released_scripts_number():
     source = synthetic.make_trace(tokens=3000, experts=16, k=4, vocab=5000, documents=50)
-    counts = counts_lib.count(source)
+    counts = counting.count(source)
     loose = vocabulary.vocabulary(counts, min_count=1)["predicted", "top1"]
     assert loose.mean.value.min() > 0.8 and loose.random.min() > 0.8
 
@@ -76,7 +75,7 @@ def test_a_planted_token_specialist_is_found():
     ids = source.tokens.expert_ids
     here = source.tokens.input_ids == 3
     ids[here, 1] = [11, 0, 1, 2]
-    counts = counts_lib.count(source)
+    counts = counting.count(source)
     table = vocabulary.expert_tokens(counts, "input", "top1", 1)
     assert (table[11][0].id, table[11][0].share) == (3, 1.0)
     assert table[11][0].count == here.sum()
@@ -98,8 +97,8 @@ def test_a_planted_token_specialist_is_found():
 def test_what_has_no_tokens_is_refused():
     source = synthetic.make_trace()
     with pytest.raises(ValueError, match="not in this source"):
-        vocabulary.vocabulary(counts_lib.count(source, vocabulary=False))
+        vocabulary.vocabulary(counting.count(source, vocabulary=False))
     with pytest.raises(ValueError, match="no token occurs 9999 times"):
-        vocabulary.vocabulary(counts_lib.count(source), min_count=9999)
+        vocabulary.vocabulary(counting.count(source), min_count=9999)
     with pytest.raises(ValueError, match="min_count is 0"):
-        vocabulary.vocabulary(counts_lib.count(source), min_count=0)
+        vocabulary.vocabulary(counting.count(source), min_count=0)

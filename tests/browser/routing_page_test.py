@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from olmoe_jax import reporting
+from olmoe_jax import files, reporting
 from olmoe_jax.analysis import analyses, page, prompt
 from tests.analysis import synthetic
 from tests.browser import chromium
@@ -42,7 +42,7 @@ def driver(recordings, routed, tmp_path_factory):
     points = reporting.Series(name="a", x=("0", "1", "all"), y=(0.1, 0.2, 0.3), points=True)
     blocks.append(reporting.Chart(title="in words", series=(points,), x_title="x", y_title="y"))
     blocks.append(reporting.Prose(title="white space", paragraphs=("a token '   '",)))
-    reporting.write(folder / "report.html", reporting.page("Inside", "model", blocks))
+    files.write_text(folder / "report.html", reporting.page("Inside", "model", blocks))
     with chromium.start(tmp_path_factory.mktemp("profile")) as driver:
         chromium.show(driver)
         driver.get((folder / "report.html").as_uri())

@@ -2,66 +2,27 @@ import base64
 import json
 import os
 import pickle
-import shlex
-import sys
-import unittest.mock
 
-import ml_dtypes  # noqa: F401  names its dtypes
 import numpy as np
 import pytest
 
-from olmoe_jax.porting import folders, olmo_names, safetensors
+from olmoe_jax.porting import folders, olmo_names
+from tests.porting import handmade
 
 TORCH = "needs torch"
 LIBRARY = "needs the safetensors library"
 INDEX = "model.safetensors.index.json"
-EXPERT = "model.layers.0.mlp.experts.{}.gate_proj.weight"
-
-
-def _random(dtype, shape, seed=0):
-    rng = np.random.default_rng([seed, *shape])
-    return rng.integers(0, 256, (*shape, np.dtype(dtype).itemsize), np.uint8).view(dtype)[..., 0]
-
-
-def _tensors():
-    out = {EXPERT.format(e): _random("bfloat16", (5, 3), e) for e in range(4)}
-    return out | {
-        "model.norm.weight": _random("float32", (3,)),
-        "lm_head.w": _random("float16", (7,)),
-    }
-
-
-def _write(path, tensors):
-    kinds = {name: (array.dtype, array.shape) for name, array in tensors.items()}
-    with safetensors.Writer(path, safetensors.build_header(kinds)) as writer:
-        for name, array in tensors.items():
-            writer.write(name, array)
-
-
-def _config(path, **fields):
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps({"model_type": "olmoe", **fields}))
-    return path
-
-
-def _check(folder, tensors):
-    assert folder.tensors.keys() == tensors.keys()
-    for name, array in tensors.items():
-        located, found = folder.tensors[name], folder.read(name)
-        assert (located.dtype, located.shape) == (array.dtype.name, array.shape)
-        assert (found.dtype, found.shape) == (array.dtype, array.shape)
-        assert found.tobytes() == array.tobytes()
-        assert not found.flags.writeable
+EXPERT = handmade.EXPERT
 
 
 def _shards(path, parts=3):
     """A folder whose tensors are dealt round to shards: one expert's neighbours are elsewhere."""
-    _config(path)
+    handmade.begin(path)
     files = [f"model-{i + 1:05d}-of-{parts:05d}.safetensors" for i in range(parts)]
-    tensors = _tensors()
+    tensors = handmade.tensors()
     places = {name: files[i % parts] for i, name in enumerate(tensors)}
     for file in files:
-        _write(path / file, {n: a for n, a in tensors.items() if places[n] == file})
+        handmade.write(path / file, {n: a for n, a in tensors.items() if places[n] == file})
     index = {"metadata": {"total_size": 1}, "weight_map": places}
     (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return path
@@ -74,7 +35,7 @@ def _change_index(path, change, file=INDEX):
 
 
 def test_one_file(tmp_path):
-    _write(_config(tmp_path / "a") / "model.safetensors", _tensors())
+    handmade.write(handmade.begin(tmp_path / "a") / "model.safetensors", handmade.tensors())
     folder = folders.open_folder(str(tmp_path / "a"))
     assert folder.format == "huggingface" == folders.is_folder(tmp_path / "a")
     assert folder.config == {"model_type": "olmoe"}
@@ -84,7 +45,7 @@ def test_one_file(tmp_path):
     content = (tmp_path / "a" / "model.safetensors").read_bytes()
     assert content.startswith(len(text).to_bytes(8, "little") + text)
     assert set(located.file for located in folder.tensors.values()) == {"model.safetensors"}
-    _check(folder, _tensors())
+    handmade.check(folder, handmade.tensors())
 
 
 def test_shards(tmp_path):
@@ -94,7 +55,7 @@ def test_shards(tmp_path):
     assert folder.index.encode() == (tmp_path / "a" / INDEX).read_bytes()
     assert list(folder.headers) == list(folder.files)
     assert folder.tensors[EXPERT.format(1)].file == folder.files[1]
-    _check(folder, _tensors())
+    handmade.check(folder, handmade.tensors())
 
 
 def test_a_folder_that_transformers_wrote(tmp_path):
@@ -116,7 +77,7 @@ def test_a_folder_that_transformers_wrote(tmp_path):
 
 
 def test_small_files_travel_and_others_do_not(tmp_path):
-    _write(_config(tmp_path / "a") / "model.safetensors", _tensors())
+    handmade.write(handmade.begin(tmp_path / "a") / "model.safetensors", handmade.tensors())
     carried = (
         "added_tokens.json chat_template.jinja generation_config.json merges.txt "
         "special_tokens_map.json tokenizer.json tokenizer.model tokenizer_config.json vocab.json "
@@ -211,7 +172,7 @@ DAMAGES = {
     "a tensor twice": (
         lambda path: (
             os.remove(path / SECOND)
-            or _write(path / SECOND, {EXPERT.format(0): _random("bfloat16", (5, 3))})
+            or handmade.write(path / SECOND, {EXPERT.format(0): handmade.array("bfloat16", (5, 3))})
         ),
         ValueError,
         f"a: '{EXPERT.format(0)}' is there twice, in model-00001.* and in {SECOND}; remove one",
@@ -226,7 +187,7 @@ DAMAGES = {
         f"{INDEX}: does not name model-00004-of-00004.safetensors, .*remove what is old",
     ),
     "another whole model": (
-        lambda path: _write(path / "model.safetensors", _tensors()),
+        lambda path: handmade.write(path / "model.safetensors", handmade.tensors()),
         ValueError,
         f"{INDEX}: does not name model.safetensors",
     ),
@@ -245,12 +206,12 @@ def test_a_damaged_folder_is_refused(case, tmp_path):
 
 def test_unrelated_weights_beside_the_index_are_left_alone(tmp_path):
     path = _shards(tmp_path / "a")
-    _write(path / "consolidated.safetensors", {"other": _random("float32", (3,))})
-    _check(folders.open_folder(path), _tensors())
+    handmade.write(path / "consolidated.safetensors", {"other": handmade.array("float32", (3,))})
+    handmade.check(folders.open_folder(path), handmade.tensors())
 
 
 def test_a_path_that_is_no_folder_is_none(tmp_path):
-    _write(tmp_path / "model.safetensors", _tensors())
+    handmade.write(tmp_path / "model.safetensors", handmade.tensors())
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "config.yaml").write_text("model: {}")
     for path in (tmp_path, tmp_path / "model.safetensors", tmp_path / "typo", tmp_path / "b"):
@@ -269,7 +230,7 @@ def test_a_path_that_is_no_folder_is_none(tmp_path):
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "a", "model_type": "b"}', "\xff"])
 def test_a_broken_config_beside_weights_is_left_to_open_folder(text, tmp_path):
-    _write(_config(tmp_path / "a") / "model.safetensors", _tensors())
+    handmade.write(handmade.begin(tmp_path / "a") / "model.safetensors", handmade.tensors())
     (tmp_path / "a" / "config.json").write_bytes(text.encode("latin-1"))
     assert folders.is_folder(tmp_path / "a") == "huggingface"
     with pytest.raises(ValueError, match="a/config.json: "):
@@ -280,47 +241,47 @@ def _packed(up=12):
     """Packed experts and others; experts 3, f 6, d 5."""
     name = "model.layers.11.mlp.experts."
     packed = {
-        name + "gate_up_proj": _random("bfloat16", (3, up, 5)),
-        name + "down_proj": _random("bfloat16", (3, 5, 6)),
+        name + "gate_up_proj": handmade.array("bfloat16", (3, up, 5)),
+        name + "down_proj": handmade.array("bfloat16", (3, 5, 6)),
     }
-    return packed | _tensors(), name
+    return packed | handmade.tensors(), name
 
 
 @pytest.mark.parametrize("shards", [False, True])
 def test_packed_experts_are_there_one_by_one(shards, tmp_path):
-    (tensors, name), path = _packed(), _config(tmp_path / "a")
+    (tensors, name), path = _packed(), handmade.begin(tmp_path / "a")
     if shards:
         files = {n: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, n in enumerate(tensors)}
         for file in sorted(set(files.values())):
-            _write(path / file, {n: a for n, a in tensors.items() if files[n] == file})
+            handmade.write(path / file, {n: a for n, a in tensors.items() if files[n] == file})
         (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
     else:
-        _write(path / "model.safetensors", tensors)
+        handmade.write(path / "model.safetensors", tensors)
     both, down = tensors.pop(name + "gate_up_proj"), tensors.pop(name + "down_proj")
     for e in range(3):
         tensors[f"{name}{e}.gate_proj.weight"] = both[e, :6]
         tensors[f"{name}{e}.up_proj.weight"] = both[e, 6:]
         tensors[f"{name}{e}.down_proj.weight"] = down[e]
     folder = folders.open_folder(path)
-    _check(folder, tensors)
+    handmade.check(folder, tensors)
     assert folder.headers == {}  # there is no way back to the packed files
 
 
 def test_packed_experts_that_are_not_understood_stay(tmp_path):
     tensors, name = _packed(up=13)
-    _write(_config(tmp_path / "a") / "model.safetensors", tensors)
+    handmade.write(handmade.begin(tmp_path / "a") / "model.safetensors", tensors)
     found = folders.open_folder(tmp_path / "a").tensors
     assert name + "gate_up_proj" in found and name + "2.down_proj.weight" in found
     (tmp_path / "a" / "config.json").write_text('{"model_type": "llama"}')
-    _check(folders.open_folder(tmp_path / "a"), tensors)
+    handmade.check(folders.open_folder(tmp_path / "a"), tensors)
     (tmp_path / "a" / "config.json").write_text('{"model_type": ["olmoe"]}')
-    _check(folders.open_folder(tmp_path / "a"), tensors)
+    handmade.check(folders.open_folder(tmp_path / "a"), tensors)
 
 
 def test_experts_both_packed_and_not_are_refused(tmp_path):
     tensors, name = _packed()
     tensors[name + "1.up_proj.weight"] = tensors[name + "gate_up_proj"][1, 6:]
-    _write(_config(tmp_path / "a") / "model.safetensors", tensors)
+    handmade.write(handmade.begin(tmp_path / "a") / "model.safetensors", tensors)
     with pytest.raises(ValueError, match=f"a: '{name}1.up_proj.weight' is there twice"):
         folders.open_folder(tmp_path / "a")
 
@@ -340,139 +301,20 @@ def test_transformers_packs_experts_in_this_order(name, tmp_path):
     model.save_pretrained(tmp_path / "b", save_original_format=False)
     one_by_one, packed = (folders.open_folder(tmp_path / n) for n in "ab")
     assert one_by_one.headers and not packed.headers
-    _check(packed, {n: one_by_one.read(n) for n in one_by_one.tensors})
-
-
-def _to_torch(array):
-    """A tensor with the bits of `array`."""
-    import torch
-
-    bits = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    return torch.from_numpy(array.view(f"i{array.itemsize}").copy()).view(bits[array.dtype.name])
-
-
-def test_pickled_weights_are_read_through_torch(tmp_path):
-    torch = pytest.importorskip("torch", reason=TORCH)
-    path, tensors = _config(tmp_path / "a"), _tensors()
-    content = {name: _to_torch(array) for name, array in tensors.items()}
-    content["model.norm.weight"] = torch.nn.Parameter(content["model.norm.weight"])
-    content["turned"] = _to_torch(_random("bfloat16", (5, 3))).T
-    torch.save(content, path / "pytorch_model.bin")
-    folder = folders.open_folder(path)
-    assert folder.format == folders.is_folder(path) == "huggingface"
-    assert folder.files == ("pytorch_model.bin",)
-    assert folder.headers == {} and folder.index is None
-    _check(folder, tensors | {"turned": _random("bfloat16", (5, 3)).T})
-
-
-def test_pickled_shards_are_held_against_their_index(tmp_path):
-    torch = pytest.importorskip("torch", reason=TORCH)
-    path, places = _config(tmp_path / "a"), {}
-    for i, (name, array) in enumerate(_tensors().items()):
-        places[name] = f"pytorch_model-0000{i + 1}-of-00006.bin"
-        torch.save({name: _to_torch(array)}, path / places[name])
-    index = {"metadata": {}, "weight_map": places}
-    (path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    folder = folders.open_folder(path)
-    assert folder.index is None and len(folder.files) == 6
-    _check(folder, _tensors())
-    os.remove(path / "pytorch_model-00003-of-00006.bin")
-    with pytest.raises(FileNotFoundError, match="1 of the 6 parts that it names are missing"):
-        folders.open_folder(path)
-
-
-def test_safetensors_are_preferred_to_pickles(tmp_path):
-    path = _config(tmp_path / "a")
-    _write(path / "model.safetensors", _tensors())
-    (path / "pytorch_model.bin").write_bytes(b"not even a pickle")
-    _check(folders.open_folder(path), _tensors())
-
-
-class _Hostile:
-    """Makes the directory `path` when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.pt"])
-def test_hostile_pickles_run_nothing(file, tmp_path):
-    torch = pytest.importorskip("torch", reason=TORCH)
-    path, trace = tmp_path / "a", str(tmp_path / "trace")
-    if file == "model.pt":
-        path.mkdir()
-        (path / "config.yaml").write_text("model: {}\n")
-    else:
-        _config(path)
-    hostile = {"a": _Hostile(trace)}
-    torch.save(hostile, path / file)
-    with pytest.raises(ValueError, match=f"{file}: torch does not read it as weights") as caught:
-        folders.open_folder(path)
-    (path / file).write_bytes(pickle.dumps(hostile))
-    with pytest.raises(ValueError, match=f"{file}: no zip archive"):
-        folders.open_folder(path)
-    assert "\n" not in str(caught.value)
-    assert not os.path.exists(trace)
-    pickle.loads(pickle.dumps(hostile))  # it would have left a trace
-    assert os.path.exists(trace)
-
-
-def test_pickles_of_an_old_torch_come_with_the_line_that_renews_them(tmp_path):
-    torch = pytest.importorskip("torch", reason=TORCH)
-    file, array = _config(tmp_path / "it's a") / "pytorch_model.bin", _random("float32", (5, 3))
-    torch.save({"a": _to_torch(array)}, file, _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match="pytorch_model.bin: no zip archive") as error:
-        folders.open_folder(file.parent)
-    _, program, *words = shlex.split(str(error.value).partition("save it again: python ")[2])
-    with unittest.mock.patch.object(sys, "argv", ["-c", *words]):
-        exec(program, {})
-    _check(folders.open_folder(file.parent), {"a": array})
-
-
-def test_pickles_of_something_else_are_refused(tmp_path):
-    torch = pytest.importorskip("torch", reason=TORCH)
-    file = _config(tmp_path / "a") / "pytorch_model.bin"
-    for content, match in (
-        ([torch.zeros(3)], "a list, expected a dict of tensors"),
-        ({"model": {"a": torch.zeros(3)}}, "'model' is a dict, expected a tensor"),
-        ({1: torch.zeros(3)}, "1 is a Tensor, expected a tensor"),
-        ({"a": torch.zeros(3, device="meta")}, "'a' is a Tensor, expected a tensor"),
-        ({"a": torch.eye(3).to_sparse()}, "'a' is a Tensor, expected a tensor"),
-        ({"a": torch.zeros(3, dtype=torch.complex128)}, "'a' has dtype torch.complex128"),
-    ):
-        torch.save(content, file)
-        with pytest.raises(ValueError, match=f"pytorch_model.bin: {match}"):
-            folders.open_folder(tmp_path / "a")
-
-
-def test_without_torch_pickled_weights_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    (_config(tmp_path / "a") / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match="pytorch_model.bin: pickled weights.*install torch"):
-        folders.open_folder(tmp_path / "a")
-
-
-def test_a_torch_with_the_hole_in_weights_only_is_refused(tmp_path, monkeypatch):
-    torch = pytest.importorskip("torch", reason=TORCH)
-    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
-    (_config(tmp_path / "a") / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match="torch 2.5.1.cpu can be made to run code"):
-        folders.open_folder(tmp_path / "a")
+    handmade.check(packed, {n: one_by_one.read(n) for n in one_by_one.tensors})
 
 
 def _training(path, tensors, config="model:\n  d_model: 8\n"):
     path.mkdir()
     (path / "config.yaml").write_text(config)
-    _write(path / "model.safetensors", tensors)
+    handmade.write(path / "model.safetensors", tensors)
     return path
 
 
 def test_the_training_formats_names_are_decoded(tmp_path):
     tensors = {
-        f"transformer.blocks.{i}.att_proj.weight": _random("float32", (6, 2), i) for i in (0, 1)
+        f"transformer.blocks.{i}.att_proj.weight": handmade.array("float32", (6, 2), i)
+        for i in (0, 1)
     }
     path = _training(tmp_path / "a", {olmo_names.encode(n): a for n, a in tensors.items()})
     (path / "tokenizer.json").write_text("{}")
@@ -482,25 +324,14 @@ def test_the_training_formats_names_are_decoded(tmp_path):
     assert folder.carried == ("config.yaml", "tokenizer.json")
     assert folder.files == ("model.safetensors",)
     assert folder.headers["model.safetensors"].startswith(b'{"__metadata__":{"format":"pt"},"gASV')
-    _check(folder, tensors)
-
-
-def test_the_training_formats_pickle_is_read_through_torch(tmp_path):
-    torch = pytest.importorskip("torch", reason=TORCH)
-    path = _training(tmp_path / "a", {})
-    os.remove(path / "model.safetensors")
-    array = _random("float32", (5, 3))
-    torch.save({"transformer.wte.weight": _to_torch(array)}, path / "model.pt")
-    folder = folders.open_folder(path)
-    assert folder.format == "olmo" == folders.is_folder(path)
-    _check(folder, {"transformer.wte.weight": array})
+    handmade.check(folder, tensors)
 
 
 def test_two_spellings_of_one_name_are_refused(tmp_path):
     name = "transformer.wte.weight"
     nested = pickle.dumps((("transformer", "wte.weight"), False), protocol=4)
     other = base64.urlsafe_b64encode(nested).decode()
-    array = _random("float32", (3,))
+    array = handmade.array("float32", (3,))
     path = _training(tmp_path / "a", {olmo_names.encode(name): array, other: array})
     with pytest.raises(ValueError, match=f"a: '{name}' is there twice"):
         folders.open_folder(path)
@@ -508,9 +339,10 @@ def test_two_spellings_of_one_name_are_refused(tmp_path):
 
 def test_a_name_that_would_run_code_is_refused(tmp_path):
     trace = str(tmp_path / "trace")
-    hostile = pickle.dumps(((_Hostile(trace),), False))
+    hostile = pickle.dumps(((handmade.Hostile(trace),), False))
     path = _training(
-        tmp_path / "a", {base64.urlsafe_b64encode(hostile).decode(): _random("float32", (3,))}
+        tmp_path / "a",
+        {base64.urlsafe_b64encode(hostile).decode(): handmade.array("float32", (3,))},
     )
     with pytest.raises(ValueError, match="a/model.safetensors: "):
         folders.open_folder(path)

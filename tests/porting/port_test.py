@@ -168,7 +168,7 @@ def test_refuses_before_the_output_is_touched(tmp_path, monkeypatch):
         with pytest.raises((ValueError, OSError), match=message):
             port.port(given, output, to="orbax", announce=quiet, **options)
     monkeypatch.setattr(machine, "free_disk", lambda path: 1000)
-    with pytest.raises(OSError, match="GB are needed but"):
+    with pytest.raises(OSError, match="GB are needed for the output but"):
         port.port(source, tmp_path / "out", to="orbax", announce=quiet)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
 

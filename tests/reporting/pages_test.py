@@ -117,8 +117,3 @@ def test_choices_are_written_with_labels():
 
 def test_a_page_without_charts_has_no_scripts():
     assert "<script" not in reporting.page("T", "s", [TABLE])
-
-
-def test_writing_is_whole(tmp_path):
-    reporting.write(tmp_path / "new" / "page.html", "text")
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["page.html"]

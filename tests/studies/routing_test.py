@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from olmoe_jax.analysis import counts, domains, recording, suites, texts
+from olmoe_jax.analysis import counting, domains, recording, suites, texts
 from olmoe_jax.studies import report, results, routing
 
 
@@ -50,7 +50,7 @@ class _Both:
     """Counts, and the ids themselves."""
 
     def __init__(self, info):
-        self.counter, self.ids = counts.Counter(info, vocabulary=False), []
+        self.counter, self.ids = counting.Counter(info, vocabulary=False), []
 
     def add(self, block):
         self.counter.add(block)

@@ -191,7 +191,7 @@ def test_links_to_data_that_another_process_makes_at_the_same_time(planted, tmp_
     def flock(file, operation):  # the other has made its link while we waited for the lock
         (run / "data").symlink_to("../../data")
 
-    monkeypatch.setattr(runner.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     runner.share_data(tmp_path, run, config, _quiet)
     assert (run / "data").resolve() == tmp_path / "data"
     runner.link_data(tmp_path / "study", tmp_path / "data")

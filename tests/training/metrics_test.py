@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import struct
 
 import numpy as np
@@ -95,7 +96,7 @@ def test_cutting_back_replaces_the_file_by_a_rename(tmp_path, monkeypatch):
     def killed(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(metrics.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, [2], resume_step=2)
     assert lines(tmp_path) == before

@@ -1,5 +1,7 @@
 """Tests of a run's picture: that it is drawn from every shape of run, and replaced whole."""
 
+import os
+
 import matplotlib.image
 import numpy as np
 import pytest
@@ -72,7 +74,7 @@ def test_a_failed_drawing_leaves_the_old_picture(tmp_path, monkeypatch):
     def full(source, target):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(plots.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         plots.draw_run(tmp_path, path)
     assert path.read_text() == "old"

@@ -172,7 +172,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path):
 
 def test_a_full_disk_is_noticed_before_anything_is_written(run, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "free_disk", lambda path: 10_000)
-    with pytest.raises(OSError, match="GB are needed but 0.0 GB are free"):
+    with pytest.raises(OSError, match="GB are needed for the output but 0.0 GB are free"):
         dense.make(run, tmp_path / "moe")
     assert not list(tmp_path.iterdir())
 

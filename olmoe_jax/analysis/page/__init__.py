@@ -6,7 +6,7 @@ single texts. What makes the page larger than LIMIT is left out step by step, an
 
 import pathlib
 
-from olmoe_jax import reporting
+from olmoe_jax import files, reporting
 from olmoe_jax.analysis import interventions
 from olmoe_jax.analysis.page import experts, passages, tokens, training
 from olmoe_jax.reporting import figures
@@ -26,7 +26,7 @@ def write(output, models, between=(), *, prompts=None):
     output = pathlib.Path(output)
     blocks = build(models, between, prompts=prompts)
     text = reporting.page("Inside the router", ", ".join(models), blocks)
-    reporting.write(output / PATH, text)
+    files.write_text(output / PATH, text)
     figures.write(blocks, output / FIGURES)
 
 
