@@ -101,10 +101,8 @@ def _run(study, workdir, seeds, others=()):
 
     from olmoe_jax.studies import protocol, report, runner, sharing
 
-    if _PILOT.value and _DRY_RUN.value:
-        raise ValueError(
-            "--pilot --dry_run: a dry run is of the runs that decide; give one of them"
-        )
+    if _PILOT.value:
+        _check_pilot(workdir)
     if _PILOT.value:
         plan = runner.make_plan(study, workdir, scale=_SCALE.value, data=_DATA.value)
         sharing.adopt_pilot(plan, others)
@@ -135,6 +133,31 @@ def _run(study, workdir, seeds, others=()):
     print(f"page: {workdir / report.PAGE}\nnumbers: {workdir / report.DATA}")
     app.write_json(content)
     return 0, plan
+
+
+def _check_pilot(workdir):
+    """Refuses flags that a pilot does not follow, and one that comes too late.
+
+    Raises:
+      ValueError: with what to do instead.
+    """
+    from olmoe_jax.studies import protocol
+
+    if _DRY_RUN.value:
+        raise ValueError(
+            "--pilot --dry_run: a dry run is of the runs that decide; give one of them"
+        )
+    for flag in (_ARM, _SEED, _SEEDS, _PROTOCOL):
+        if flag.value is not None:
+            raise ValueError(
+                f"--pilot --{flag.name}={flag.value}: a pilot makes all its runs, on seeds of its "
+                "own; give one of them"
+            )
+    if (workdir / protocol.FILE).is_file() and any(workdir.glob("*/seed_*/metrics.jsonl")):
+        raise ValueError(
+            f"{workdir / protocol.FILE}: runs follow it already, and a pilot would replace it; "
+            "give another --workdir"
+        )
 
 
 def _summarize(summary, workdir):

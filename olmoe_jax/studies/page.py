@@ -39,14 +39,17 @@ def _method(plan, content):
     ]
     found = content["protocol"]
     if found is None:
-        lines.append("No pilot: learning rates and seeds are those of the declaration.")
+        lines.append(
+            f"No pilot: learning rates are those of the declaration; seeds {list(plan.seeds)}."
+        )
     else:
         chosen = ", ".join(f"{arm} {rate:g}" for arm, rate in found["learning_rates"].items())
         lines.append(
             f"Fixed by a pilot on seeds {list(found['pilot_seeds'])} before these runs: learning "
-            f"rates {chosen}; {len(found['seeds'])} seeds, enough to show a difference of "
+            f"rates {chosen}; {len(found['seeds'])} seeds, which show a difference of "
             f"{found['smallest_effect']:g} with probability {found['power']:.2f} if differences "
-            f"between seeds spread by {found['sd']:.3g} as in the pilot."
+            f"between seeds spread by {found['sd']:.3g} as in the pilot "
+            f"({found['degrees_of_freedom']} degrees of freedom)."
         )
         lines += found["notes"]
     return (*lines, *content["notes"])

@@ -139,6 +139,20 @@ def test_the_slurm_script_starts_each_run_once(tmp_path):
     assert all(call.startswith(common) for call in calls)
 
 
+def test_a_pilot_refuses_what_it_would_not_follow_and_to_come_too_late(tmp_path):
+    flags = ["--study=control", f"--workdir={tmp_path}", "--scale=smoke", "--pilot"]
+    for extra in ("--arm=base", "--seed=1", "--seeds=7,8", "--protocol=p.json"):
+        status, _, error = run(*flags, extra)
+        assert status == 2 and error.count("\n") == 1
+        assert "--pilot" in error and "a pilot makes all its runs" in error
+    (tmp_path / "base/seed_1").mkdir(parents=True)
+    (tmp_path / "base/seed_1/metrics.jsonl").write_text("")
+    (tmp_path / "protocol.json").write_text("{}")
+    status, _, error = run(*flags)
+    assert status == 2 and "runs follow it already" in error
+    assert (tmp_path / "protocol.json").read_text() == "{}"
+
+
 STUDY = """
 import json
 from olmoe_jax import config, studies
