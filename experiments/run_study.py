@@ -15,7 +15,8 @@ work. The verdicts are printed; WORKDIR/report.html has the curves, WORKDIR/repo
 Several studies, or all, lie in WORKDIR/NAME each; a run that two of them have in common is made
 once. Behind the last one comes one table of every study of experiments/studies,
 WORKDIR/summary.html, .md and .json; one that was not run stands there with its command. Where that
-table is, a single study, too, lies in WORKDIR/NAME, and the table is brought up to date.
+table or WORKDIR/NAME is, a single study, too, lies in WORKDIR/NAME, and the table is brought up to
+date.
 """
 
 import difflib
@@ -69,7 +70,7 @@ def main(argv):
 
     workdir = pathlib.Path(os.path.expanduser(_WORKDIR.value))
     app.share_compiled_programs()
-    if not several and not (workdir / summary.DATA).is_file():
+    if not several and not _among_others(workdir, chosen[0].name):
         return _run(chosen[0], workdir, seeds)[0]
     folders, left, planned = [workdir / name for name in names()], 0.0, set()
     for study in chosen:
@@ -103,7 +104,6 @@ def _run(study, workdir, seeds, others=()):
 
     if _PILOT.value:
         _check_pilot(workdir)
-    if _PILOT.value:
         plan = runner.make_plan(study, workdir, scale=_SCALE.value, data=_DATA.value)
         sharing.adopt_pilot(plan, others)
         found = protocol.run_pilot(plan)
@@ -133,6 +133,14 @@ def _run(study, workdir, seeds, others=()):
     print(f"page: {workdir / report.PAGE}\nnumbers: {workdir / report.DATA}")
     app.write_json(content)
     return 0, plan
+
+
+def _among_others(workdir, name):
+    """Whether a study lies in a folder of its own in a workdir of several."""
+    from olmoe_jax.studies import protocol, runner, summary
+
+    begun = (workdir / name / file for file in (protocol.FILE, runner.MARKER))
+    return (workdir / summary.DATA).is_file() or any(map(pathlib.Path.is_file, begun))
 
 
 def _check_pilot(workdir):

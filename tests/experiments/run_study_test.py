@@ -153,6 +153,15 @@ def test_a_pilot_refuses_what_it_would_not_follow_and_to_come_too_late(tmp_path)
     assert (tmp_path / "protocol.json").read_text() == "{}"
 
 
+def test_one_of_several_studies_follows_its_own_protocol(tmp_path):
+    (tmp_path / "control").mkdir()
+    (tmp_path / "control/protocol.json").write_text("{}")
+    status, _, error = run(
+        "--study=control", f"--workdir={tmp_path}", "--scale=smoke", "--dry_run"
+    )  # fmt: skip
+    assert status == 2 and f"{tmp_path}/control/protocol.json" in error
+
+
 STUDY = """
 import json
 from olmoe_jax import config, studies
