@@ -37,6 +37,7 @@ CASES = {
     "all to the last": (53, 13, 17, (0, 0, 53)),
     "deep": (83, 1103, 37, (79, 0, 3)),
     "long group": (1301, 29, 31, (1201, 0, 37)),
+    "long group, wide": (1301, 29, 67, (1201, 0, 37)),
     "whole tiles": (56, 96, 64, (28, 28)),
     "largest block": (1024, 336, 257, (1024,)),
     "no row used": (7, 5, 3, (0, 0)),
@@ -100,6 +101,21 @@ def test_products_match_float64(case, dtype, instructions):
         assert got.dtype == dtype
         _assert_close(got, _expected_matmul(left, weights, counts, transpose))
         assert not np.asarray(got, np.float32)[sum(CASES[case][3]) :].any()
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_products_are_added_to_init(case, dtype, instructions):
+    rows, right, weights, counts = _arrays(case, dtype)
+    for transpose, left, out in ((False, rows, right), (True, right, rows)):
+        init = jnp.nan_to_num(out)  # its rows of nobody are kept
+        got = cpu_kernel.matmul(
+            left, weights, counts, init=init, transpose=transpose, instructions=instructions
+        )
+        assert got.dtype == dtype
+        expected = _expected_matmul(left, weights, counts, transpose)
+        _assert_close(got, expected + np.asarray(init, np.float64))
 
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)

@@ -75,11 +75,12 @@ struct MatrixTiles {
                        : finish_columns<float>(sums, some, columns, place);
       return;
     }
-    if (!place.write_bf16) {
-      finish_rows<float, float>(sums, some, place);
-    } else {
+    if (place.write_bf16) {
       place.read_bf16 ? finish_rows<uint16_t, uint16_t>(sums, some, place)
                       : finish_rows<float, uint16_t>(sums, some, place);
+    } else {
+      place.read_bf16 ? finish_rows<uint16_t, float>(sums, some, place)
+                      : finish_rows<float, float>(sums, some, place);
     }
   }
 
