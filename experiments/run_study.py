@@ -61,6 +61,8 @@ def main(argv):
         for flag in (_ARM, _PROTOCOL):
             if flag.value is not None:
                 raise ValueError(f"--{flag.name}={flag.value}: belongs to one --study")
+    if _PILOT.value:
+        _check_pilot_flags()
     app.tune_allocator()
     app.start_distributed()
     import jax  # starts after the two lines above
@@ -103,7 +105,11 @@ def _run(study, workdir, seeds, others=()):
     from olmoe_jax.studies import protocol, report, runner, sharing
 
     if _PILOT.value:
-        _check_pilot(workdir)
+        if (workdir / protocol.FILE).is_file() and any(workdir.glob("*/seed_*/metrics.jsonl")):
+            raise ValueError(
+                f"{workdir / protocol.FILE}: runs follow it already, and a pilot would replace it; "
+                "give another --workdir"
+            )
         plan = runner.make_plan(study, workdir, scale=_SCALE.value, data=_DATA.value)
         sharing.adopt_pilot(plan, others)
         found = protocol.run_pilot(plan)
@@ -143,14 +149,8 @@ def _among_others(workdir, name):
     return (workdir / summary.DATA).is_file() or any(map(pathlib.Path.is_file, begun))
 
 
-def _check_pilot(workdir):
-    """Refuses flags that a pilot does not follow, and one that comes too late.
-
-    Raises:
-      ValueError: with what to do instead.
-    """
-    from olmoe_jax.studies import protocol
-
+def _check_pilot_flags():
+    """Refuses flags that a pilot does not follow, with what to do instead."""
     if _DRY_RUN.value:
         raise ValueError(
             "--pilot --dry_run: a dry run is of the runs that decide; give one of them"
@@ -161,11 +161,6 @@ def _check_pilot(workdir):
                 f"--pilot --{flag.name}={flag.value}: a pilot makes all its runs, on seeds of its "
                 "own; give one of them"
             )
-    if (workdir / protocol.FILE).is_file() and any(workdir.glob("*/seed_*/metrics.jsonl")):
-        raise ValueError(
-            f"{workdir / protocol.FILE}: runs follow it already, and a pilot would replace it; "
-            "give another --workdir"
-        )
 
 
 def _summarize(summary, workdir):

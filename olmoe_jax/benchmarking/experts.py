@@ -76,6 +76,11 @@ def _name(backend, experts):
     return f"{backend}, {experts} experts"
 
 
+def _ratio(kind, experts, few):
+    """The key of a ratio in the result."""
+    return f"ratio_{experts}_to_{few}_{kind.replace(' ', '_')}"
+
+
 def _products_alone(config):
     """A function for `rounds.compare`: a layer's products, each on what the one before gave."""
     c, dtype = config, jnp.dtype(config.dtype)
@@ -116,7 +121,7 @@ def _summary(found, configs, backends):
         for e in more:
             cost = found.speed(_name(kind, few), against=_name(kind, e)).median
             ratios.setdefault(f"ratio_{e}_to_{few}", cost)
-            ratios[f"ratio_{e}_to_{few}_{kind.replace(' ', '_')}"] = cost
+            ratios[_ratio(kind, e, few)] = cost
     return ratios | {"contestants": rows}
 
 
@@ -130,7 +135,7 @@ def _show(result, configs, backends):
     for kind in (*backends, PRODUCTS):
         for e, config in configs.items():
             row = result["contestants"][_name(kind, e)]
-            cost = result.get(f"ratio_{e}_to_{few}_{kind.replace(' ', '_')}", 1.0)
+            cost = result.get(_ratio(kind, e, few), 1.0)
             rows.append((
                 _name(kind, e), str(config.d_ff), str(config.num_experts_per_token),
                 row["seconds"].text(3), f"{cost:.2f}", f"{row['share_of_peak'].median:.0%}",
