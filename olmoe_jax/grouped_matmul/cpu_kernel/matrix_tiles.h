@@ -44,27 +44,22 @@ struct MatrixTiles {
     _tile_zero(2);
     _tile_zero(3);
     barrier();
-    if (rows > kLanes) {
-      for (int64_t k = 0; k < depth; k += kLanes, a += kLanes, b += kLanes * kTileColumns) {
-        _tile_loadd(6, b, kBStride);
-        _tile_loadd(4, a, kAStride);
-        _tile_loadd(7, b + kLanes, kBStride);
+    const bool both = rows > kLanes;  // registers of A
+    for (int64_t k = 0; k < depth; k += kLanes, a += kLanes, b += kLanes * kTileColumns) {
+      _tile_loadd(6, b, kBStride);
+      _tile_loadd(4, a, kAStride);
+      _tile_loadd(7, b + kLanes, kBStride);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      if (both) {
         _tile_loadd(5, a + kLanes * kRowStride, kAStride);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
       }
+    }
+    if (both) {
       _tile_stored(2, sums + kLanes * kTileColumns, kBStride);
       _tile_stored(3, sums + kLanes * kTileColumns + kLanes, kBStride);
-    } else {
-      for (int64_t k = 0; k < depth; k += kLanes, a += kLanes, b += kLanes * kTileColumns) {
-        _tile_loadd(6, b, kBStride);
-        _tile_loadd(4, a, kAStride);
-        _tile_loadd(7, b + kLanes, kBStride);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-      }
     }
     _tile_stored(0, sums, kBStride);
     _tile_stored(1, sums + kLanes, kBStride);
