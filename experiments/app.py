@@ -14,7 +14,6 @@ import atexit
 import ctypes
 import dataclasses
 import difflib
-import json
 import os
 import platform
 import re
@@ -88,11 +87,8 @@ def write_json(result):
     Raises:
       ValueError: the result holds NaN or an infinity, which JSON does not have.
     """
-    path = flags.FLAGS.json
-    if path is None:
-        return
-    text = json.dumps(result, indent=2, default=_plain, allow_nan=False) + "\n"
-    files.write_text(path, text)
+    if flags.FLAGS.json is not None:
+        files.write_json(flags.FLAGS.json, result, default=_plain)
 
 
 def in_cluster(environment=os.environ) -> bool:

@@ -63,7 +63,7 @@ def main(argv):
     app.start_distributed()
     import jax  # starts after the two lines above
 
-    from olmoe_jax.studies import protocol, runner, upcycling_page, upcycling_report
+    from olmoe_jax.studies import plans, protocol, runner, upcycling_page, upcycling_report
 
     workdir = pathlib.Path(os.path.expanduser(_WORKDIR.value))
     options = {
@@ -87,7 +87,7 @@ def main(argv):
         study, workdir, scale=_SCALE.value, data=data, seeds=seeds
     )
     notes += dense.notes if dense else ()
-    print(runner.describe(plan), flush=True)
+    print(plans.describe(plan), flush=True)
     print("\n".join(f"note: {note}" for note in notes))
     if _DRY_RUN.value:
         return 0

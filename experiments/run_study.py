@@ -96,13 +96,13 @@ def main(argv):
 
 
 def _run(study, workdir, seeds, others=()):
-    """(exit status, runner.Plan) of one study; there is no Plan of a pilot.
+    """(exit status, plans.Plan) of one study; there is no Plan of a pilot.
 
     Runs may be taken over from the studies in the folders `others`.
     """
     import jax
 
-    from olmoe_jax.studies import protocol, report, runner, sharing
+    from olmoe_jax.studies import plans, protocol, report, runner, sharing
 
     if _PILOT.value:
         if (workdir / protocol.FILE).is_file() and any(workdir.glob("*/seed_*/metrics.jsonl")):
@@ -110,7 +110,7 @@ def _run(study, workdir, seeds, others=()):
                 f"{workdir / protocol.FILE}: runs follow it already, and a pilot would replace it; "
                 "give another --workdir"
             )
-        plan = runner.make_plan(study, workdir, scale=_SCALE.value, data=_DATA.value)
+        plan = plans.make_plan(study, workdir, scale=_SCALE.value, data=_DATA.value)
         sharing.adopt_pilot(plan, others)
         found = protocol.run_pilot(plan)
         if isinstance(found, int):
@@ -126,7 +126,7 @@ def _run(study, workdir, seeds, others=()):
     )
     if not _DRY_RUN.value:
         sharing.adopt(plan, others)
-    print(runner.describe(plan))
+    print(plans.describe(plan))
     if _DRY_RUN.value:
         return 0, plan
     stopped = runner.make_runs(plan, arm=_ARM.value, seed=_SEED.value)
@@ -143,9 +143,9 @@ def _run(study, workdir, seeds, others=()):
 
 def _among_others(workdir, name):
     """Whether a study lies in a folder of its own in a workdir of several."""
-    from olmoe_jax.studies import protocol, runner, summary
+    from olmoe_jax.studies import plans, protocol, summary
 
-    begun = (workdir / name / file for file in (protocol.FILE, runner.MARKER))
+    begun = (workdir / name / file for file in (protocol.FILE, plans.MARKER))
     return (workdir / summary.DATA).is_file() or any(map(pathlib.Path.is_file, begun))
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import pathlib
 
@@ -29,6 +30,15 @@ def write_text(path, text):
     """Writes a text file, whole or not at all; its folder is made if need be."""
     with whole(path, "w", encoding="utf-8") as file:
         file.write(text)
+
+
+def write_json(path, content, default=None):
+    """Writes a JSON file as `write_text` does; `default` as of `json.dumps`.
+
+    Raises:
+      ValueError: the content holds NaN or an infinity, which JSON does not have.
+    """
+    write_text(path, json.dumps(content, indent=2, default=default, allow_nan=False) + "\n")
 
 
 def try_lock(file) -> bool:

@@ -125,7 +125,8 @@ class Study:
       outcomes: the verdicts, the most important first.
       common: changes to the base that all arms share; as an arm's.
       base: scale → Config.
-      equal: what the arms of each outcome must have in common, by `equality.HELD_EQUAL`; checked.
+      equal: what the arms of each outcome must have in common, by `equality.HELD_EQUAL`; checked
+        of those, and said of no others.
       seeds: of the verdict's runs, where no pilot has set their number. A seed sets initialisation
         and data order; the arms of one seed see the same batches.
       pilot_seeds: of the pilot's runs; none of `seeds`.
@@ -158,6 +159,11 @@ class Study:
             raise type(error)(f"study {self.name}: {error}") from error
 
     def _check(self):
+        for field, kind in (("arms", Arm), ("outcomes", Outcome)):
+            value = getattr(self, field)
+            right = isinstance(value, tuple) and all(isinstance(one, kind) for one in value)
+            _require(right, field, type(value).__name__, f"must be a tuple of {kind.__name__}; of "
+                     "a single one with a comma behind it")  # fmt: skip
         names = [arm.name for arm in self.arms]
         for name in (self.name, *names):
             _require(_NAME.fullmatch(name) and name not in RESERVED, "name", name,
@@ -191,6 +197,18 @@ class Study:
     def primary(self) -> Outcome:
         """The first outcome about a final difference: what the pilot is for."""
         return next(outcome for outcome in self.outcomes if outcome.measure == "final")
+
+    @property
+    def compared(self) -> list[tuple[str, ...]]:
+        """Arms that outcomes compare, directly or through a third, in order; `equal` holds among
+        these."""
+        groups = []
+        for outcome in self.outcomes:
+            pair = {outcome.arm, outcome.against}
+            touched = [group for group in groups if group & pair]
+            groups = [group for group in groups if not group & pair] + [pair.union(*touched)]
+        names = [arm.name for arm in self.arms]
+        return [tuple(sorted(group, key=names.index)) for group in groups]
 
     def arm(self, name) -> Arm:
         """The arm called `name`.
@@ -244,6 +262,25 @@ def changed(config, changes) -> config_lib.Config:
             raise ValueError(config_lib.unknown_field("config", section, config_lib.Config))
         values[section][field] = value(config) if callable(value) else value
     return config_lib.from_flags(config_lib.Config, values)
+
+
+def differing(configs) -> dict[str, dict]:
+    """arm → {dotted field: value}, of the fields that are not the same in all arms.
+
+    Args:
+      configs: arm → Config.
+    """
+    flat = {
+        arm: {
+            f"{section}.{field}": value
+            for section, fields in dataclasses.asdict(config).items()
+            for field, value in fields.items()
+        }
+        for arm, config in configs.items()
+    }
+    first = next(iter(flat.values()))
+    names = [name for name in first if any(each[name] != first[name] for each in flat.values())]
+    return {arm: {name: each[name] for name in names} for arm, each in flat.items()}
 
 
 def check_seeds(seeds):

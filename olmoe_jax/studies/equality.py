@@ -97,6 +97,36 @@ def check(configs, names):
                 )
 
 
+def held(configs, names, groups) -> list[tuple[tuple, tuple]]:
+    """[(arms, names)]: in which of `names` which arms are equal; first those that all arms share.
+
+    Args:
+      configs: arm → Config.
+      names: keys of HELD_EQUAL.
+      groups: tuples of arms that `check` was made for.
+    """
+    every = tuple(configs)
+
+    def same(name):
+        _, measure = HELD_EQUAL[name]
+        values = [measure(config) for config in configs.values()]
+        return all(value == values[0] for value in values)
+
+    shared = tuple(name for name in names if same(name))
+    rest = tuple(name for name in names if name not in shared)
+    found = [(every, shared)] if shared else []
+    return found + [(tuple(group), rest) for group in groups if rest]
+
+
+def words(held_equal) -> str:
+    """What `held` returns, in words: "of a, b, c: tokens; of a, b: total_parameters"."""
+    parts = []
+    for number, (arms, names) in enumerate(held_equal):
+        among = "" if number == 0 and len(held_equal) == 1 else f"of {', '.join(arms)}: "
+        parts.append(f"{among}{', '.join(names)}")
+    return "; ".join(parts) or "nothing"
+
+
 def _shown(one, two, words):
     if isinstance(one, dict):
         differ = [f"{key} {one[key]!r} and {two[key]!r}" for key in one if one[key] != two[key]]

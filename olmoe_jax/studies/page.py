@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from olmoe_jax import reporting
-from olmoe_jax.studies import declaration, verdict
+from olmoe_jax.studies import declaration, equality, plans, statistics, verdict
 from olmoe_jax.training import metrics, preflight
 
 
@@ -18,6 +18,7 @@ def build(plan, found, findings, content) -> str:
         for f in findings
     ]
     blocks.append(_outcome_table(findings))
+    blocks.append(_change_table(plan, content))
     for metric in content["metrics"]:
         blocks += _curves(plan, found, metric)
     if any(f.outcome.measure == "final" for f in findings):
@@ -26,16 +27,20 @@ def build(plan, found, findings, content) -> str:
     blocks.append(_routing_table(content))
     blocks += [chart for name in ("router/max_load", "router/normalized_entropy")
                if (chart := _health_chart(plan, found, name))]  # fmt: skip
-    blocks.append(reporting.Prose(title="How it was done", paragraphs=_method(plan, content)))
+    blocks.append(
+        reporting.Prose(title="How it was done", paragraphs=_method(plan, findings, content))
+    )
     return reporting.page(f"{study.name}: {study.question}", subtitle, blocks)
 
 
-def _method(plan, content):
+def _method(plan, findings, content):
     lines = [
-        f"Held equal and checked, the router's own part apart: {', '.join(plan.study.equal)}. "
+        f"Held equal and checked, the router's own part apart: "
+        f"{equality.words(plans.held_equal(plan))}. "
         "Runs of one seed see the same batches, so differences are taken per seed; intervals are "
         "Student's t over seeds. The bootstrap over documents draws which text was evaluated and "
-        "leaves the runs as they are."
+        "leaves the runs as they are.",
+        *_conditions(content),
     ]
     found = content["protocol"]
     if found is None:
@@ -48,11 +53,65 @@ def _method(plan, content):
             f"Fixed by a pilot on seeds {list(found['pilot_seeds'])} before these runs: learning "
             f"rates {chosen}; {len(found['seeds'])} seeds, which show a difference of "
             f"{found['smallest_effect']:g} with probability {found['power']:.2f} if differences "
-            f"between seeds spread by {found['sd']:.3g} as in the pilot "
-            f"({found['degrees_of_freedom']} degrees of freedom)."
+            f"between seeds spread by {found['sd']:.3g} as in the pilot, {_cautious(found)}."
+            f"{_spread(findings)}"
         )
         lines += found["notes"]
     return (*lines, *content["notes"])
+
+
+def _conditions(content):
+    """On which data and machine the runs were made, as far as they say."""
+    identity = content["data_identity"].get("data_sha256")
+    lines = [f"Data: {content['data']}" + (f" (sha256 {identity[:12]}…)." if identity else ".")]
+    if environment := content["environment"]:
+        commit = environment.get("git_commit")
+        lines.append(
+            f"The first run: {environment['devices']} × {environment['device_kind']} "
+            f"({environment['processor']}), Python {environment['python']}, jax "
+            f"{environment['packages']['jax']}" + (f", commit {commit[:12]}." if commit else ".")
+        )
+    return lines
+
+
+def _cautious(found):
+    """The power at the spread that the true one is probably below."""
+    freedom = found["degrees_of_freedom"]
+    bound = statistics.sd_bound(found["sd"], freedom)
+    power = statistics.power(found["smallest_effect"], bound, len(found["seeds"]))
+    return (
+        f"with probability {power:.2f} if by {bound:.3g}, which the true spread is below with "
+        f"{statistics.SD_CONFIDENCE:.0%} confidence ({freedom} "
+        f"{'degree' if freedom == 1 else 'degrees'} of freedom)"
+    )
+
+
+def _spread(findings):
+    """How much the differences of these runs spread, of the outcome that the pilot was for."""
+    primary = next(f for f in findings if f.outcome.measure == "final")
+    if primary.interval is None or primary.interval.sd is None:
+        return ""
+    return f" In these runs they spread by {primary.interval.sd:.3g}."
+
+
+def _change_table(plan, content):
+    """What the arms differ in."""
+    arms = list(plan.configs)
+    fields = {name: None for row in content["arms"].values() for name in row["changes"]}
+    rows = [
+        (name, *(_value(content["arms"][arm]["changes"][name]) for arm in arms)) for name in fields
+    ]
+    starts = [plan.study.arm(arm).starts_from or plan.study.arm(arm).start for arm in arms]
+    if any(starts):
+        rows.append(("starts from", *(str(start or "nothing") for start in starts)))
+    note = "Every other field of config.json is the same in all arms."
+    return reporting.Table(
+        title="What the arms change", columns=("field", *arms), rows=tuple(rows), note=note
+    )
+
+
+def _value(value):
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _outcome_table(findings):
@@ -67,7 +126,7 @@ def _outcome_table(findings):
                 "–" if interval is None else _effect(interval.mean, ratio),
                 _ends(interval, ratio),
                 "0" if interval is None else str(interval.n),
-                _ends(finding.documents, False),
+                _documents(finding.documents),
             )
         )
     columns = ("comparison", "verdict", "effect", "95 % interval", "seeds", "over documents")
@@ -76,6 +135,10 @@ def _outcome_table(findings):
         "Student's t over seeds; over documents, the runs fixed, a bootstrap."
     )
     return reporting.Table(title="Verdicts", columns=columns, rows=tuple(rows), note=note)
+
+
+def _documents(interval):
+    return "–" if interval is None else f"{_ends(interval, False)} (n = {interval.n})"
 
 
 def _effect(value, ratio):
@@ -129,7 +192,8 @@ def _curves(plan, found, metric):
         reporting.Chart(
             title=f"{metric} over {name}", series=_bands(plan, found, metric, x_of),
             x_title=name, y_title=unit, log_x=True,
-            note=note + (" Seconds at each run's median speed." if "seconds" in name else ""),
+            note=note + (" Seconds at the mean of the arm's median speeds." if "seconds" in name
+                         else ""),
         )
         for name, x_of in axes.items()
     ]  # fmt: skip
@@ -210,32 +274,36 @@ def _routing_table(content):
     rows, tokens = [], None
     for arm, row in content["routing"].items():
         if "left_out" in row:
-            rows.append((arm, row["left_out"], *["–"] * 3))
+            rows.append((arm, row["left_out"], *["–"] * 4))
             continue
         tokens = row["tokens"]
         early = ", ".join(f"{value:.0%} at {float(share):.0%}"
                           for share, value in row["saturation"].items())  # fmt: skip
-        matched = "–"
-        if row["matching"] is not None:
-            matched = f"{row['matching']:.3f} ({row['matching_chance']:.3f})"
         rows.append(
             (
                 arm,
                 early or "–",
                 f"{row['saturation_chance']:.0%}",
-                f"{row['specialisation']:.3f} ({row['specialisation_chance']:.3f})",
-                matched,
+                *(_with_chance(row, name) for name in ("specialisation", "imbalance", "matching")),
             )
         )
     columns = ("arm", "choices as at the end, after a share of training", "by chance",
-               "domains' distance from even (chance)", "experts of two seeds (chance)")  # fmt: skip
+               "specialisation of domains (chance)", "imbalance (chance)",
+               "experts of two seeds (chance)")  # fmt: skip
     note = (
-        "Means over layers and seeds. Distance: half the sum over experts of |share of a domain's "
-        "choices − 1 / experts|. Two seeds: Jaccard index of the tokens of matched experts."
+        "Means over layers and seeds. Specialisation: half the sum over experts of |share of a "
+        "domain's choices − mean of that over domains|; chance: documents dealt to domains at "
+        "random. Imbalance: the same distance from 1 / experts; chance: a balanced random router. "
+        "Two seeds: Jaccard index of the tokens of matched experts."
     )
     if tokens is not None:
         note = f"On {tokens:,} tokens of the validation split. {note}"
     return reporting.Table(title="Inside the routers", columns=columns, rows=tuple(rows), note=note)
+
+
+def _with_chance(row, name):
+    """ "0.024 (0.011)"; a dash where there is no such value."""
+    return "–" if row[name] is None else f"{row[name]:.3f} ({row[f'{name}_chance']:.3f})"
 
 
 def _health_table(content):

@@ -3,7 +3,8 @@
 The pilot trains every arm at the same few multiples of its learning rate, on seeds that no verdict
 uses. Of its numbers only two things are used: which rate suits an arm best, and how much the
 difference between arms of one seed varies, which says how many seeds can show the smallest effect
-that matters. The size of the effect in the pilot decides nothing.
+that matters. The size of the effect in the pilot decides nothing. What is asked is fixed as well: a
+metric, or a smallest effect, that is chosen once the runs are there could be chosen to please.
 """
 
 import dataclasses
@@ -12,8 +13,9 @@ import os
 import pathlib
 
 from olmoe_jax import config as config_lib
-from olmoe_jax.studies import declaration, results, runner, statistics
-from olmoe_jax.training import runs
+from olmoe_jax import files
+from olmoe_jax.studies import declaration, plans, results, runner, statistics
+from olmoe_jax.training import metrics, runs
 
 FEWEST_SEEDS = 3
 PILOT_CHECKPOINTS = 4  # beside the first: only the end counts, the others are to resume from
@@ -31,12 +33,15 @@ class Protocol:
       seeds: of the verdict's runs.
       smallest_effect: of that outcome, which the seeds must be able to show.
       sd: standard deviation over seeds of the difference of its arms at the same multiple of their
-        rates, pooled over those, with its degrees of freedom.
+        rates, pooled over those, with its degrees of freedom. The number of seeds follows from
+        `statistics.sd_bound` of it.
       power: probability that these seeds show the smallest effect, if sd is right.
       pilot: arm → rate, as text → final metric per pilot seed (NaN is written null: diverged).
       pilot_seeds: in the order of those values.
       notes: what a reader should know: a best rate at the edge of the sweep, too few seeds.
       configs: arm → the pilot's config (rate and seed are those of the declaration).
+      outcomes: what was asked: the fields of each Outcome, without the paper's words; None in a
+        file of an earlier version.
     """
 
     study: str
@@ -53,10 +58,16 @@ class Protocol:
     pilot_seeds: tuple[int, ...]
     notes: tuple[str, ...]
     configs: dict[str, dict]
+    outcomes: tuple[dict, ...] | None = None
+
+    @property
+    def sd_bound(self) -> float:
+        """What the true sd probably lies below."""
+        return statistics.sd_bound(self.sd, self.degrees_of_freedom)
 
 
 def pilot_runs(plan):
-    """[(arm, rate, seed, Config, workdir)] of the pilot of a runner.Plan.
+    """[(arm, rate, seed, Config, workdir)] of the pilot of a plans.Plan.
 
     An arm whose declaration sets the learning rate is about it, and keeps it.
     """
@@ -79,7 +90,7 @@ def pilot_runs(plan):
 
 
 def _folder(plan, arm, rate, seed):
-    return plan.workdir / runner.PILOT / arm / f"rate_{rate:g}" / f"seed_{seed}"
+    return plan.workdir / plans.PILOT / arm / f"rate_{rate:g}" / f"seed_{seed}"
 
 
 def rates(study, arm, config) -> list[float]:
@@ -100,9 +111,11 @@ def run_pilot(plan, *, devices=None, announce=print) -> Protocol | int:
       ValueError: a pilot run was made with another configuration.
     """
     wanted = sorted(pilot_runs(plan), key=lambda run: list(plan.configs).index(run[0]))
+    plans.check_same_data([(path, config) for _, _, _, config, path in wanted], plan.prepared)
     for _, _, _, config, path in wanted:
-        runner.check_unchanged(path, config)
-    runner.write_marker(plan)
+        plans.check_unchanged(path, config)
+    plans.write_marker(plan)
+    runner.check_data(plan, announce)
     finals = {}
     for number, (arm, rate, seed, config, path) in enumerate(wanted, start=1):
         if _is_done(path, config):
@@ -130,6 +143,31 @@ def run_pilot(plan, *, devices=None, announce=print) -> Protocol | int:
             raise ValueError(f"{path} is not finished yet: run this again for the protocol")
         _note(finals, plan, arm, rate, seed, path)
     return decide(plan, finals)
+
+
+def describe(plan) -> str:
+    """How many runs a pilot makes, and how long the rest of them takes: lines for a person."""
+    wanted = pilot_runs(plan)
+    left = [(arm, config) for arm, _, _, config, path in wanted if not _is_done(path, config)]
+    done = {
+        arm: results.read_run(path, arm, seed).tokens_per_second
+        for arm, _, seed, config, path in wanted
+        if (arm, config) not in left
+    }
+    seconds = sum(plans.seconds_of(config, done.get(arm)) for arm, config in left)
+    seeds = ", ".join(map(str, plan.study.pilot_seeds))
+    lines = [
+        f"pilot of {plan.study.name} ({plan.scale}): {len(wanted)} runs, seeds {seeds}, "
+        f"{len(wanted) - len(left)} done"
+    ]
+    for arm, config in plan.configs.items():
+        tried = ", ".join(f"{rate:g}" for rate in rates(plan.study, arm, config))
+        lines.append(f"  {arm}: learning rate {tried}")
+    if note := plans.data_note(plan):
+        lines.append(f"note: {note}")
+    if left:
+        lines.append(f"the rest takes about {metrics.duration(seconds)} (an estimate)")
+    return "\n".join(lines)
 
 
 def _note(finals, plan, arm, rate, seed, path):
@@ -163,7 +201,7 @@ def decide(plan, finals) -> Protocol:
     """The Protocol that follows from a pilot's numbers.
 
     Args:
-      plan: a runner.Plan.
+      plan: a plans.Plan.
       finals: arm → rate → final metric per pilot seed, None where the run diverged.
     Raises:
       ValueError: an arm has no rate at which every run finished.
@@ -176,13 +214,14 @@ def decide(plan, finals) -> Protocol:
         if len(by_rate) > 1 and best in (min(by_rate), max(by_rate)):
             notes.append(f"{arm}: the best rate, {best:g}, is at the edge of the sweep")
     sd, freedom = statistics.pooled_sd(_differences(study, finals))
-    needed = statistics.seeds_to_decide(outcome.smallest_effect, sd, least=FEWEST_SEEDS)
+    bound = statistics.sd_bound(sd, freedom)
+    needed = statistics.seeds_to_decide(outcome.smallest_effect, bound, least=FEWEST_SEEDS)
     count = min(needed or study.max_seeds, study.max_seeds)
     if needed is None or needed > study.max_seeds:
         words = f"{needed} seeds" if needed else f"more than {statistics.MOST_SEEDS} seeds"
         notes.append(
-            f"an effect of {outcome.smallest_effect:g} would take {words}; "
-            f"the study stops at {study.max_seeds}"
+            f"an effect of {outcome.smallest_effect:g} would take {words}, if differences spread "
+            f"by {bound:.3g}, the pilot's upper limit; the study stops at {study.max_seeds}"
         )
     return Protocol(
         study=study.name,
@@ -199,7 +238,14 @@ def decide(plan, finals) -> Protocol:
         pilot_seeds=study.pilot_seeds,
         notes=tuple(notes),
         configs={arm: dataclasses.asdict(config) for arm, config in plan.configs.items()},
+        outcomes=_asked(study),
     )
+
+
+def _asked(study):
+    """What a Study asks, as a protocol keeps it."""
+    fields = [dataclasses.asdict(outcome) for outcome in study.outcomes]
+    return tuple({k: v for k, v in each.items() if k != "paper"} for each in fields)
 
 
 def best_rate(study, arm, by_rate) -> float:
@@ -240,28 +286,29 @@ def _seeds(study, count):
 def write(path, protocol):
     """Writes a Protocol as JSON, whole or not at all."""
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    runner.write_json(pathlib.Path(path), dataclasses.asdict(protocol))
+    files.write_json(pathlib.Path(path), dataclasses.asdict(protocol))
 
 
 def plan(study, workdir, *, scale, data=None, seeds=None, path=None):
-    """(the runner.Plan of a study, the Protocol that it follows or None, notes on that).
+    """(the plans.Plan of a study, the Protocol that it follows or None, notes on that).
 
     Args:
       data: directory of prepared data instead of the base's, or None.
       seeds: instead of the protocol's; without a protocol, of the study's.
       path: of the protocol; default WORKDIR/protocol.json if it is there.
     Raises:
-      ValueError, FileNotFoundError: as `read` and `runner.make_plan`.
+      ValueError, FileNotFoundError: as `read` and `plans.make_plan`.
     """
     here = pathlib.Path(os.path.expanduser(workdir)) / FILE
     followed, notes = None, []
     if path is not None or here.is_file():
-        changes = None if data is None else runner.data_changes(data)
+        changes = None if data is None else plans.data_changes(data)
         path = here if path is None else os.path.expanduser(path)
         followed, notes = read(path, study, scale, data=changes)
         if seeds is not None and tuple(seeds) != followed.seeds:
+            plans.check_pilot_seeds(seeds, followed.pilot_seeds)
             notes.append(f"the seeds are not the protocol's, {list(followed.seeds)}")
-    made = runner.make_plan(
+    made = plans.make_plan(
         study, workdir, scale=scale, data=data,
         seeds=followed.seeds if followed and seeds is None else seeds,
         learning_rates=followed.learning_rates if followed else None,
@@ -273,18 +320,12 @@ def read(path, study, scale, *, data=None) -> tuple[Protocol, list[str]]:
     """(the Protocol in a file, notes on how this study differs from the pilot's).
 
     Args:
-      data: changes to the base that other data bring (runner.data_changes), or None. Rates and
+      data: changes to the base that other data bring (plans.data_changes), or None. Rates and
         number of seeds carry over to other data; that is noted.
     Raises:
-      ValueError: it is of another study, scale, variant or configuration.
+      ValueError: it is no protocol, or of another study, scale, variant, question or configuration.
     """
-    content = json.loads(pathlib.Path(path).read_text())
-    content = {"variant": study.variant} | content  # earlier versions did not note it
-    fields = {field.name for field in dataclasses.fields(Protocol)}
-    if set(content) != fields:
-        raise ValueError(f"{path}: not a protocol of this version; run --pilot again")
-    tuples = {name: tuple(content[name]) for name in ("seeds", "pilot_seeds", "notes")}
-    found = Protocol(**content | tuples)
+    found = _parse(path, study)
     if (found.study, found.scale) != (study.name, scale):
         raise ValueError(
             f"{path}: the protocol of study {found.study} at scale {found.scale}, "
@@ -295,7 +336,8 @@ def read(path, study, scale, *, data=None) -> tuple[Protocol, list[str]]:
             f"{path}: the protocol of variant {found.variant!r} of study {study.name}, not of "
             f"{study.variant!r}. Run --pilot again"
         )
-    differ, notes = [], []
+    notes = _check_question(path, study, found)
+    differ, other_data = [], False
     for arm, config in study.configs(scale, data=data).items():
         if arm not in found.configs:
             differ.append(f"arm {arm} is new")
@@ -304,11 +346,49 @@ def read(path, study, scale, *, data=None) -> tuple[Protocol, list[str]]:
         here = runs.differences(saved, config)
         carried = tuple(f"config.{field}" for field in data or ())
         differ += [f"{arm}: {d}" for d in here if not (carried and d.startswith(carried))]
-        if any(carried and d.startswith(carried) for d in here) and not notes:
-            notes.append("the pilot ran on other data; its rates and seeds are kept")
+        other_data |= any(carried and d.startswith(carried) for d in here)
+    if other_data:
+        notes.append("the pilot ran on other data; its rates and seeds are kept")
     if differ:
         raise ValueError(
             f"{path}: the pilot was made with another declaration (its value != this one): "
             f"{'; '.join(differ)}. Run --pilot again"
         )
     return found, notes
+
+
+def _parse(path, study):
+    """The Protocol in a file."""
+    try:
+        content = json.loads(pathlib.Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not a protocol: {error}. Run --pilot again") from None
+    fields = {field.name for field in dataclasses.fields(Protocol)}
+    # earlier versions did not note these
+    content = {"variant": study.variant, "outcomes": None} | (
+        content if isinstance(content, dict) else {}
+    )
+    if set(content) != fields:
+        raise ValueError(f"{path}: not a protocol of this version; run --pilot again")
+    names = ("seeds", "pilot_seeds", "notes", *(["outcomes"] if content["outcomes"] else []))
+    return Protocol(**content | {name: tuple(content[name]) for name in names})
+
+
+def _check_question(path, study, found):
+    """Refuses a study whose primary outcome is not the one that the pilot was for.
+
+    Returns:
+      notes on other outcomes that were changed or added since.
+    """
+    now, fixed = dataclasses.asdict(study.primary), found.outcomes or ()
+    before = {"metric": found.metric, "smallest_effect": found.smallest_effect}
+    before |= next((outcome for outcome in fixed if outcome["measure"] == "final"), {})
+    if differ := [f"{k} {v!r} != {now[k]!r}" for k, v in before.items() if v != now[k]]:
+        raise ValueError(
+            f"{path}: the pilot was for another question (its value != this one): "
+            f"{'; '.join(differ)}. Ask what was fixed before the runs, or run --pilot again in "
+            "another --workdir"
+        )
+    new = [o.title for o, asked in zip(study.outcomes, _asked(study), strict=True)
+           if fixed and asked not in fixed]  # fmt: skip
+    return [f"not fixed by the protocol, so explored: {'; '.join(new)}"] if new else []

@@ -12,9 +12,9 @@ from olmoe_jax.studies import (
     declaration,
     equality,
     page,
+    plans,
     results,
     routing,
-    runner,
     verdict,
 )
 from olmoe_jax.training import metrics, runs
@@ -29,7 +29,7 @@ def write(plan, *, protocol=None, notes=(), announce=print) -> dict:
     Where another process is at it, this one waits and then finds the long part done.
 
     Args:
-      plan: a runner.Plan without remaining runs.
+      plan: a plans.Plan without remaining runs.
       protocol: the protocol.Protocol that the runs follow, or None: no pilot.
       notes: lines that a reader should know.
     Returns:
@@ -37,6 +37,7 @@ def write(plan, *, protocol=None, notes=(), announce=print) -> dict:
     Raises:
       ValueError: a run has not recorded a metric that an outcome is about.
     """
+    plans.check_same_data(plan.made, {})
     found = {
         (arm, seed): results.read_run(plan.path(arm, seed), arm, seed)
         for arm in plan.configs
@@ -49,31 +50,35 @@ def write(plan, *, protocol=None, notes=(), announce=print) -> dict:
     waiting = f"{plan.workdir}: another process writes the report; waiting for it"
     with files.locked(plan.workdir / LOCK, waiting=lambda: announce(waiting)):
         content["routing"] = routing.measure(plan, found, announce=announce)
-        runner.write_json(plan.workdir / DATA, content)
+        files.write_json(plan.workdir / DATA, content)
         files.write_text(plan.workdir / PAGE, page.build(plan, found, findings, content))
     return content
 
 
 def bigram_baseline(plan, announce) -> dict:
-    """`bigram.baseline` of the first arm's data, kept in the study's workdir."""
-    path = plan.workdir / BIGRAM
+    """`bigram.baseline` of the first arm's data, kept in the study's workdir beside what they are:
+    of other data it is computed anew."""
+    path, pair = plan.workdir / BIGRAM, plan.runs[0]
+    read = runs.recorded_identity(plan.path(*pair))
     if path.is_file():
-        return json.loads(path.read_text())
-    arm, seed = next(iter(plan.configs)), plan.seeds[0]
-    config = plan.config(arm, seed)
-    data = runs.open_data(config, plan.path(arm, seed), announce)
+        found = json.loads(path.read_text())
+        if found.pop("data", {}) == read:
+            return found
+    config = plan.config(*pair)
+    data = runs.open_data(config, plan.path(*pair), announce)
     found = bigram.baseline(data, config)
-    runner.write_json(path, found)
+    files.write_json(path, found | {"data": read})
     return found
 
 
 def summary(plan, found, findings, baseline, protocol, notes) -> dict:
     """What report.json holds: plain numbers and words, no NaN."""
     bigram_loss = baseline["validation/bigram_loss"]
-    arms = {}
+    arms, differing = {}, declaration.differing(plan.configs)
     for arm in plan.configs:
         mine = [found[arm, seed] for seed in plan.seeds]
         arms[arm] = {
+            "changes": differing[arm],
             "cost": dataclasses.asdict(equality.cost(plan.configs[arm])),
             "learning_rate": plan.configs[arm].optimizer.learning_rate,
             "tokens_per_second": _mean([run.tokens_per_second for run in mine]),
@@ -91,8 +96,11 @@ def summary(plan, found, findings, baseline, protocol, notes) -> dict:
         "question": plan.study.question,
         "scale": plan.scale,
         "data": next(iter(plan.configs.values())).data.path,
+        "data_identity": runs.recorded_identity(plan.path(*plan.runs[0])),
         "seeds": list(plan.seeds),
-        "held_equal": list(plan.study.equal),
+        "held_equal": [
+            {"arms": list(group), "names": list(names)} for group, names in plans.held_equal(plan)
+        ],
         "protocol": None if protocol is None else dataclasses.asdict(protocol) | {"configs": None},
         "notes": list(notes),
         "metrics": metric_names(plan.study),

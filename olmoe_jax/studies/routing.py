@@ -31,14 +31,17 @@ def measure(plan, found, *, announce=print) -> dict:
     Only one process at a time may measure a study.
 
     Args:
-      plan: a runner.Plan whose runs are done.
+      plan: a plans.Plan whose runs are done.
       found: (arm, seed) → results.Run; diverged ones are left out.
     Returns:
       arm → {"left_out": why}, or a dict of
         saturation: share of the training, as text → share of the last checkpoint's choices that
           were already made there; `saturation_chance`: k / experts.
-        specialisation: half the sum over experts of |share of a domain's choices − 1 / experts|,
-          mean over domains; `specialisation_chance`: that of a random router on as many tokens.
+        specialisation: half the sum over experts of |share of a domain's choices − mean of that
+          over domains|, mean over domains; `specialisation_chance`: that of documents whose domains
+          were permuted. None of a single domain.
+        imbalance: the same distance from 1 / experts, whatever the domain; `imbalance_chance`: that
+          of a random router on as many tokens.
         matching: similarity (Jaccard) of the experts of two seeds, each with its match, mean over
           pairs of neighbouring seeds, and `matching_chance`; None of a single seed.
         tokens, domains: what it was measured on.
@@ -82,18 +85,22 @@ def _arm(plan, arm, config, mine):
         _remove_others(folder, outputs)
         recorded = [_record(one, text, output) for output, one in outputs.items()]
         traces = [[one.trace for one in domain] for domain in recorded]
-        spread.append(domains.specialisation([one.accumulated.result() for one in recorded[-1]]))
+        counts = [one.accumulated.result() for one in recorded[-1]]
+        spread.append(domains.specialisation(counts).topk)
         if len(traces) > 1:
             early.append(saturation.over_training(traces))
         last.append(traces[-1])
     pairs = [matching.by_routing(a, b).layers for a, b in itertools.pairwise(last)]
     flat = [layer for layers in pairs for layer in layers]
+    several = len(text) > 1
     k, experts = config.model.num_experts_per_token, config.model.num_experts
     return {
         "saturation": _saturation(early, config.training.num_steps),
         "saturation_chance": k / experts,
-        "specialisation": _mean([one.topk.tv.value for one in spread]),
-        "specialisation_chance": _mean([one.topk.random[:, 0] for one in spread]),
+        "specialisation": _mean([one.specific for one in spread]) if several else None,
+        "specialisation_chance": _mean([s.specific_chance for s in spread]) if several else None,
+        "imbalance": _mean([one.tv.value for one in spread]),
+        "imbalance_chance": _mean([one.random[:, 0] for one in spread]),
         "matching": _mean([layer.mean.value for layer in flat]) if flat else None,
         "matching_chance": _mean([layer.chance for layer in flat]) if flat else None,
         "tokens": sum(len(one.tokens) for one in text),

@@ -1,4 +1,4 @@
-"""Makes the runs of a study: which there are, what is refused, one after another, resumed.
+"""Makes the runs of a study (`plans` says which): one after another, resumed.
 
     WORKDIR/study.json             which study, at which scale, on which data
     WORKDIR/data/                  the embedded corpus, once for all runs
@@ -12,198 +12,16 @@ folder first, and the others go on to the next.
 """
 
 import contextlib
-import dataclasses
-import json
 import os
-import pathlib
 import shutil
 
 import jax
+import numpy as np
 
 from olmoe_jax import checkpoints, files
 from olmoe_jax.data import pipeline
-from olmoe_jax.studies import causality, declaration, documents, equality, results
-from olmoe_jax.training import loop, machine, metrics, preflight, runs
-
-MARKER = "study.json"
-PILOT = "pilot"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A study at a scale, with everything set that its runs depend on.
-
-    Attributes:
-      study, scale: which.
-      workdir: of the study.
-      configs: arm → Config, the seed apart.
-      seeds: of the runs that the verdict is about.
-      data: changes to the base that other data brought; empty for the base's own.
-    """
-
-    study: declaration.Study
-    scale: str
-    workdir: pathlib.Path
-    configs: dict
-    seeds: tuple[int, ...]
-    data: dict
-
-    def path(self, arm, seed) -> pathlib.Path:
-        """The workdir of one run."""
-        return self.workdir / arm / f"seed_{seed}"
-
-    def config(self, arm, seed):
-        """The Config of one run."""
-        config = declaration.changed(self.configs[arm], {"training.seed": seed})
-        if self.study.arm(arm).begins_anew:
-            return config
-        start = os.path.abspath(self.path(arm, seed) / "start")
-        return declaration.changed(config, {"training.initial_checkpoint": start})
-
-    def is_done(self, arm, seed) -> bool:
-        """Whether a run has finished and was measured behind its end, or has diverged."""
-        path = self.path(arm, seed)
-        if (path / results.DIVERGED).is_file():
-            return True
-        finished = runs.finished_record(path, self.config(arm, seed)) is not None
-        needed = [results.DOCUMENTS, *([causality.FILE] if self.needs_causality else [])]
-        return finished and all((path / file).is_file() for file in needed)
-
-    @property
-    def needs_causality(self) -> bool:
-        """Whether an outcome is about how losses depend on the text behind."""
-        return causality.is_asked_for(self.study)
-
-    @property
-    def remaining(self) -> list[tuple[str, int]]:
-        """(arm, seed) of the runs still to be made, in order: all arms of a seed, then the next."""
-        pairs = [(arm, seed) for seed in self.seeds for arm in self.configs]
-        return [pair for pair in pairs if not self.is_done(*pair)]
-
-
-def make_plan(study, workdir, *, scale, seeds=None, data=None, learning_rates=None) -> Plan:
-    """The Plan of a study in a workdir, after checking that they belong together.
-
-    Args:
-      seeds: instead of the study's.
-      data: directory of prepared data to use instead of the base's.
-      learning_rates: arm → rate, from a protocol.
-    Raises:
-      ValueError: the workdir holds another study, an arm that this one lacks, a plain run, or a run
-        whose configuration is not what the study now says; or an argument is invalid.
-      FileNotFoundError: there are no such data.
-    """
-    changes = {} if data is None else data_changes(data)
-    configs = study.configs(scale, data=changes)
-    for arm, rate in (learning_rates or {}).items():
-        configs[arm] = declaration.changed(configs[arm], {"optimizer.learning_rate": rate})
-    seeds = study.seeds if seeds is None else tuple(seeds)
-    declaration.check_seeds(seeds)
-    plan = Plan(
-        study=study, scale=scale, workdir=pathlib.Path(os.path.expanduser(workdir)),
-        configs=configs, seeds=seeds, data=changes,
-    )  # fmt: skip
-    _check_workdir(plan)
-    return plan
-
-
-def data_changes(path) -> dict:
-    """What a study's base must be changed in to run on prepared data: its path, sizes."""
-    info = pipeline.open(os.path.expanduser(path)).info
-    return {
-        "data.path": str(path),
-        "data.sequence_length": info.sequence_length,
-        "model.max_length": info.sequence_length,
-        "model.vocab_size": info.vocab_size,
-    }
-
-
-def _check_workdir(plan):
-    """Refuses a workdir that holds anything else than runs of this plan."""
-    workdir, study = plan.workdir, plan.study
-    if (workdir / "config.json").is_file():
-        raise ValueError(f"{workdir} is the workdir of a training run: name another --workdir")
-    marker = workdir / MARKER
-    if marker.is_file():
-        found, wanted = json.loads(marker.read_text()), _identity(plan)
-        differ = [f"{k} {found.get(k)!r}, not {wanted[k]!r}" for k in wanted
-                  if found.get(k) != wanted[k]]  # fmt: skip
-        if differ:
-            raise ValueError(
-                f"{workdir} holds another study: {'; '.join(differ)}: name another --workdir"
-            )
-    for folder in sorted(workdir.glob("*/seed_*/config.json")):
-        arm = folder.parts[-3]
-        if arm not in plan.configs:
-            raise ValueError(
-                f"{workdir} holds runs of an arm {arm!r}, which study {study.name} does not have "
-                f"({', '.join(plan.configs)}): name another --workdir, or move that folder away"
-            )
-    for seed in plan.seeds:
-        for arm in plan.configs:
-            check_unchanged(plan.path(arm, seed), plan.config(arm, seed))
-
-
-def check_unchanged(path, config):
-    """Refuses a run that was made with another configuration; a folder without one passes.
-
-    Raises:
-      ValueError: names the fields, what the run has and what the study now says.
-    """
-    if not (path / "config.json").is_file():
-        return
-    found, _ = runs.read_config(path)
-    differ = [d for d in runs.differences(found, config)
-              if not d.startswith("config.training.initial_checkpoint")]  # fmt: skip
-    if differ:
-        raise ValueError(
-            f"{path} was run with another configuration (its value != the study's now): "
-            f"{'; '.join(differ)}. Remove it to run it anew, or name another --workdir"
-        )
-
-
-def _identity(plan):
-    return {
-        "study": plan.study.name,
-        "scale": plan.scale,
-        "data": plan.data.get("data.path"),
-        "variant": plan.study.variant or None,
-    }
-
-
-def describe(plan) -> str:
-    """What the study's runs cost and how long they will take: lines for a person."""
-    remaining = plan.remaining
-    whole = len(plan.configs) * len(plan.seeds)
-    lines = [
-        f"study {plan.study.name} ({plan.scale}): {plan.study.question}",
-        equality.table(plan.configs),
-        f"held equal: {', '.join(plan.study.equal)}",
-        f"{len(plan.configs)} arms × {len(plan.seeds)} seeds {list(plan.seeds)} = {whole} runs, "
-        f"{whole - len(remaining)} done"
-        + ("" if len(plan.seeds) > 1 else "; one seed gives no interval"),
-    ]
-    if remaining:
-        lines.append(f"the rest takes about {metrics.duration(seconds_left(plan))} (an estimate)")
-    return "\n".join(lines)
-
-
-def seconds_left(plan) -> float:
-    """Seconds that the runs will take that are still to be made: `estimate` of each."""
-    return sum(estimate(plan, arm, seed) for arm, seed in plan.remaining)
-
-
-def estimate(plan, arm, seed) -> float:
-    """Seconds that a run will take: by the arm's finished runs, else by the machine's peak."""
-    config = plan.config(arm, seed)
-    cost = equality.cost(config)
-    for other in plan.seeds:
-        if plan.is_done(arm, other):
-            return (
-                cost.tokens / results.read_run(plan.path(arm, other), arm, other).tokens_per_second
-            )
-    peak, _ = machine.measure_peak_flops(config.model.dtype)
-    return cost.flops / (peak * jax.device_count() * preflight.ASSUMED_UTILISATION)
+from olmoe_jax.studies import causality, declaration, documents, plans, results
+from olmoe_jax.training import loop, runs
 
 
 def make_runs(plan, *, arm=None, seed=None, devices=None, announce=print) -> int | None:
@@ -214,12 +32,9 @@ def make_runs(plan, *, arm=None, seed=None, devices=None, announce=print) -> int
     Raises:
       ValueError: there is no such arm or seed, or an arm starts from one that is not finished.
     """
-    if arm is not None:
-        plan.study.arm(arm)
-    if seed is not None and seed not in plan.seeds:
-        raise ValueError(f"--seed={seed}: the seeds are {list(plan.seeds)}")
-    write_marker(plan)
-    _check_data(plan, announce)
+    check_chosen(plan, arm, seed)
+    plans.write_marker(plan)
+    check_data(plan, announce)
     wanted = [(a, s) for a, s in plan.remaining if arm in (None, a) and seed in (None, s)]
     for number, (name, number_seed) in enumerate(wanted, start=1):
         announce(f"\n{plan.study.name}: {name}, seed {number_seed} ({number} of {len(wanted)})")
@@ -242,24 +57,55 @@ def make_runs(plan, *, arm=None, seed=None, devices=None, announce=print) -> int
     return None
 
 
-def _check_data(plan, announce):
-    """Refuses data in which an outcome cannot be measured: no such domain, too few windows."""
-    metrics_of_domains = [o.metric for o in plan.study.outcomes if declaration.domain_of(o.metric)]
-    if not metrics_of_domains and not plan.needs_causality:
+def check_chosen(plan, arm, seed):
+    """Raises ValueError where a plan has no such arm or seed; None is any."""
+    if arm is not None:
+        plan.study.arm(arm)
+    if seed is not None and seed not in plan.seeds:
+        listed = ", ".join(map(str, plan.seeds))
+        raise ValueError(f"--seed={seed}: the seeds are {listed}")
+
+
+def check_data(plan, announce):
+    """Refuses data in which an outcome cannot be measured, or that are not those of the runs that
+    are there: before any run is made."""
+    sources = {
+        plans.source_of(config): (arm, config) for arm, config in reversed(plan.configs.items())
+    }
+    now = {}
+    for source, (arm, config) in sources.items():
+        path = plan.path(arm, plan.seeds[0])
+        share_data(plan.workdir, path, config, announce)
+        now[source] = runs.open_data(config, path, announce)
+        _check_domains(plan, config, now[source])
+        if plan.needs_causality:
+            causality.check(config, now[source])
+    plans.check_same_data(plan.made, now)
+
+
+def _check_domains(plan, config, data):
+    """Refuses a metric of a domain of which no text is evaluated."""
+    asked = {o.metric: domain for o in plan.study.outcomes
+             if (domain := declaration.domain_of(o.metric))}  # fmt: skip
+    if not asked:
         return
-    arm, seed = next(iter(plan.configs)), plan.seeds[0]
-    path, config = plan.path(arm, seed), plan.config(arm, seed)
-    share_data(plan.workdir, path, config, announce)
-    data = runs.open_data(config, path, announce)
-    domains = data.info.domains
-    if plan.needs_causality:
-        causality.check(config, data)
-    for metric in metrics_of_domains:
-        if (domain := declaration.domain_of(metric)) not in domains:
-            near = declaration.nearest(domain, domains)
+    batches = pipeline.validation_batches(
+        data, num_windows=config.data.validation_windows, batch_size=config.training.batch_size
+    )
+    counts = np.zeros(len(data.info.domains), np.int64)
+    for batch in batches:
+        counts += np.bincount(batch["domains"][batch["loss_mask"]], minlength=len(counts))
+    for metric, domain in asked.items():
+        if domain not in data.info.domains:
+            near = declaration.nearest(domain, data.info.domains)
             raise ValueError(
                 f"study {plan.study.name}: metric is {metric!r}: the data have no domain "
-                f"{domain!r}{near}: {', '.join(domains)}"
+                f"{domain!r}{near}: {', '.join(data.info.domains)}"
+            )
+        if not counts[data.info.domains.index(domain)]:
+            raise ValueError(
+                f"study {plan.study.name}: metric is {metric!r}: the validation windows hold no "
+                f"text of {domain!r}; prepare the data with a larger --validation_fraction"
             )
 
 
@@ -278,7 +124,7 @@ def make_run(
         result = loop.train(config, path, devices=devices, announce=announce)
     except FloatingPointError as error:
         if not jax.process_index():
-            write_json(path / results.DIVERGED, {"problem": str(error)})
+            files.write_json(path / results.DIVERGED, {"problem": str(error)})
         return None
     if result.finished:
         data = runs.open_data(config, path, announce)
@@ -373,15 +219,3 @@ def make_start(arm, source, path, config):
     shutil.rmtree(partial, ignore_errors=True)
     arm.convert(newest, partial, config)
     os.replace(partial, target)
-
-
-def write_marker(plan):
-    """Says in the workdir which study it holds."""
-    if not jax.process_index() and not (plan.workdir / MARKER).is_file():
-        plan.workdir.mkdir(parents=True, exist_ok=True)
-        write_json(plan.workdir / MARKER, _identity(plan))
-
-
-def write_json(path, content):
-    """Writes a JSON file, whole or not at all."""
-    files.write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -10,11 +10,11 @@ import pathlib
 
 import jax
 
-from olmoe_jax.studies import protocol, results, runner
+from olmoe_jax.studies import plans, protocol, results
 from olmoe_jax.training import runs
 
 _RUNS = "*/seed_*"
-_PILOT_RUNS = f"{runner.PILOT}/*/rate_*/seed_*"
+_PILOT_RUNS = f"{plans.PILOT}/*/rate_*/seed_*"
 
 
 def adopt(plan, workdirs):
@@ -25,7 +25,7 @@ def adopt(plan, workdirs):
     several processes make each run together nothing is taken: all must see the same runs done.
 
     Args:
-      plan: a runner.Plan.
+      plan: a plans.Plan.
       workdirs: of studies; the plan's own among them is left out.
     """
     wanted = [
@@ -80,11 +80,14 @@ def _finished(plan, workdirs, pattern):
 
 
 def _same_data(plan, source):
-    """Whether a run's embedded corpus is the one that the plan's runs would read."""
+    """Whether the data that a run was made on are those that the plan's runs would read now."""
     config, _ = runs.read_config(source)
-    if config.data.path != "embedded":
-        return True
-    return (source / "data").resolve() == (plan.workdir / "data").resolve()
+    if config.data.path == "embedded" and (
+        (source / "data").resolve() != (plan.workdir / "data").resolve()
+    ):
+        return False
+    now = runs.open_data(config, source, lambda line: None)
+    return runs.recorded_identity(source) == runs.identity(now)
 
 
 def _links(plan):
@@ -109,7 +112,7 @@ def notes(plan) -> list[str]:
 
 
 def seconds_left(plan, planned, workdirs=()) -> float:
-    """As `runner.seconds_left`, without the runs that `adopt` will take over.
+    """As `plans.seconds_left`, without the runs that `adopt` will take over.
 
     Args:
       planned: set of the Configs of studies before this one, whose runs will be there; this plan's
@@ -127,7 +130,7 @@ def seconds_left(plan, planned, workdirs=()) -> float:
     for arm, seed in remaining:
         config = plan.config(arm, seed)
         if config in own or config not in ready:
-            seconds += runner.estimate(plan, arm, seed)
+            seconds += plans.estimate(plan, arm, seed)
         own.add(config)
     planned |= own
     return seconds

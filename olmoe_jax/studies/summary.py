@@ -11,7 +11,6 @@ import json
 import pathlib
 
 from olmoe_jax import files, reporting
-from olmoe_jax.studies import runner
 
 NOT_RUN = "not run"
 DATA, TEXT, PAGE = "summary.json", "summary.md", "summary.html"
@@ -158,7 +157,7 @@ def page(table) -> str:
 def write(folder, table):
     """Writes summary.json, summary.md and summary.html in a folder, each whole or not at all."""
     folder = pathlib.Path(folder)
-    runner.write_json(folder / DATA, table)
+    files.write_json(folder / DATA, table)
     files.write_text(folder / TEXT, markdown(table))
     files.write_text(folder / PAGE, page(table))
 

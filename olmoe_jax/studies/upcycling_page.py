@@ -3,7 +3,7 @@
 import numpy as np
 
 from olmoe_jax import files, reporting
-from olmoe_jax.studies import crossings, declaration, runner, upcycling_report
+from olmoe_jax.studies import crossings, declaration, upcycling_report
 from olmoe_jax.studies.upcycling_report import DENSE, LOSS, SCRATCH, UPCYCLED
 from olmoe_jax.training import metrics
 
@@ -47,7 +47,7 @@ def write(comparison):
     workdir = comparison.plan.workdir
     draw(comparison, workdir / upcycling_report.PICTURE)
     files.write_text(workdir / upcycling_report.PAGE, build(comparison))
-    runner.write_json(workdir / upcycling_report.DATA, comparison.content)
+    files.write_json(workdir / upcycling_report.DATA, comparison.content)
 
 
 def build(comparison) -> str:

@@ -24,7 +24,7 @@ Everything but words follows from metrics.jsonl and config.json of the runs. No 
 import dataclasses
 import math
 
-from olmoe_jax.studies import crossings, equality, report, results, runner, statistics, verdict
+from olmoe_jax.studies import crossings, equality, plans, report, results, statistics, verdict
 from olmoe_jax.training import metrics, preflight, runs
 
 DATA, PAGE, PICTURE = "compare.json", "report.html", "compare.png"
@@ -46,14 +46,14 @@ class Comparison:
     """Finished runs, and what follows from them.
 
     Attributes:
-      plan: the runner.Plan.
+      plan: the plans.Plan.
       found: (arm, seed) → results.Run.
       budgets: seed → crossings.Budget of the dense model.
       summaries: (axis, kind) → crossings.Summary.
       content: what compare.json holds.
     """
 
-    plan: runner.Plan
+    plan: plans.Plan
     found: dict
     budgets: dict
     summaries: dict
@@ -64,7 +64,7 @@ def make(plan, *, dense_tokens=None, protocol=None, notes=(), announce=print) ->
     """Judges a comparison whose runs are all done.
 
     Args:
-      plan: a runner.Plan of a study with the arms "upcycled", "scratch" and, unless the dense model
+      plan: a plans.Plan of a study with the arms "upcycled", "scratch" and, unless the dense model
         was there already, "dense".
       dense_tokens: of a dense model that was there; None: not known.
       protocol: the protocol.Protocol that the runs follow, or None.

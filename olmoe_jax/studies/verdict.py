@@ -13,6 +13,7 @@ UNDECIDED = "not decidable at this scale"
 AS_EXPECTED = "as expected"
 UNEXPECTED = "not as expected"
 DECIDED = "decided"
+FEWEST_DOCUMENTS = 20  # a bootstrap over fewer says little, and its interval is too narrow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,12 +25,14 @@ class Finding:
       effects: seed → difference (measure "final") or logarithm of the ratio.
       interval: statistics.Interval of the effects; None if there are none.
       documents: Interval over evaluated documents of the same difference, the runs fixed; None
-        where it does not apply. Shown apart: it says nothing about seeds.
+        where it does not apply, or there are fewer than FEWEST_DOCUMENTS. Shown apart: it says
+        nothing about seeds.
       missing: seed → why it has no effect.
       seeds_needed: so many would decide with 80 % probability; None if decided or unknown.
       agreement: AGREES, DISAGREES, UNDECIDED; of an outcome without a paper AS_EXPECTED,
         UNEXPECTED, UNDECIDED; of one that expects nothing DECIDED with "lower", "higher" or
-        "equal", UNDECIDED.
+        "equal", UNDECIDED. "equal" is found where the whole interval lies within the outcome's
+        smallest effect, on whichever side of zero.
       words: the verdict in one or two sentences.
     """
 
@@ -150,13 +153,11 @@ def _decide(outcome, interval, missing):
     if not interval.excludes_zero and not small:
         effect = max(abs(interval.mean), outcome.smallest_effect)
         return UNDECIDED, statistics.seeds_to_decide(effect, interval.sd, least=interval.n + 1)
-    found = "equal" if not interval.excludes_zero else "lower" if interval.mean < 0 else "higher"
+    found = "equal" if small else "lower" if interval.mean < 0 else "higher"
     if outcome.expected is None:
         return f"{DECIDED}: {found}", None
     right, wrong = (AGREES, DISAGREES) if outcome.paper else (AS_EXPECTED, UNEXPECTED)
-    if outcome.expected == "equal":
-        if small:
-            return right, None
+    if outcome.expected == "equal" and not small:
         nearest = min(abs(interval.low), abs(interval.high))
         return (wrong if nearest > outcome.smallest_effect else UNDECIDED), None
     return (right if found == outcome.expected else wrong), None
@@ -209,24 +210,22 @@ def _effect_words(outcome, effects, interval):
         digits = "{:.3g}" if ratio else "{:+.4f}"
         low, high = (digits.format(end) for end in ends)
         spread = f"{100 * interval.level:g} % interval {low} to {high}, {n}"
-    if ratio:
-        return (
-            f"{outcome.arm} reaches the final {outcome.metric} of {outcome.against} with "
-            f"{math.exp(interval.mean):.3g} × its {outcome.measure} ({spread})."
-        )
-    unit = declaration.unit_of(outcome.metric)
-    if interval.excludes_zero:
-        way = "lower" if interval.mean < 0 else "higher"
-        return (
-            f"{outcome.arm} ends with a {way} {outcome.metric} than {outcome.against}: "
-            f"{interval.mean:+.4f} {unit} ({spread})."
-        )
     about = ""
     if interval.within(outcome.smallest_effect):
         about = f"; no difference as large as {_size(outcome, outcome.smallest_effect)}"
+    if ratio:
+        return (
+            f"{outcome.arm} reaches the final {outcome.metric} of {outcome.against} with "
+            f"{math.exp(interval.mean):.3g} × its {outcome.measure} ({spread}){about}."
+        )
+    size = f"{interval.mean:+.4f} {declaration.unit_of(outcome.metric)} ({spread}){about}."
+    if interval.low is None:
+        return f"{outcome.metric} of {outcome.arm} − {outcome.against}: {size}"
+    if interval.excludes_zero:
+        way = "lower" if interval.mean < 0 else "higher"
+        return f"{outcome.arm} ends with a {way} {outcome.metric} than {outcome.against}: {size}"
     return (
-        f"{outcome.arm} and {outcome.against} do not differ measurably in {outcome.metric}: "
-        f"{interval.mean:+.4f} {unit} ({spread}){about}."
+        f"{outcome.arm} and {outcome.against} do not differ measurably in {outcome.metric}: {size}"
     )
 
 
@@ -251,6 +250,8 @@ def _documents(outcome, runs, seeds):
     for found in (*sums[outcome.arm], *sums[outcome.against]):
         if not np.array_equal(found["documents"], first["documents"]):
             return None  # evaluated on other text
+    if len(first["documents"]) < FEWEST_DOCUMENTS:
+        return None
     means = {arm: np.mean([f["nats"] for f in found], axis=0) for arm, found in sums.items()}
     return statistics.document_bootstrap(
         means[outcome.arm], means[outcome.against], first["targets"]

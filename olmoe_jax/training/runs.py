@@ -159,7 +159,7 @@ def check_data(workdir, data):
     if not (pathlib.Path(workdir) / "config.json").is_file():
         return
     _, content = read_config(workdir)
-    for name, now in _identity(data).items():
+    for name, now in identity(data).items():
         if (began := content.get(name, now)) != now:
             raise ValueError(
                 f"{data.path}: {_DATA_IDENTITY[name]} than the run in {workdir} began with "
@@ -168,9 +168,19 @@ def check_data(workdir, data):
             )
 
 
-def _identity(data):
-    """What in config.json tells data apart, wherever they lie."""
+def identity(data) -> dict[str, str]:
+    """What in config.json tells PreparedData apart, wherever they lie."""
     return {"tokenizer_sha256": data.info.tokenizer_sha256, "data_sha256": data.sha256}
+
+
+def recorded_identity(workdir) -> dict[str, str]:
+    """`identity` of the data that the run in a workdir reads; without what it does not say, empty
+    if there is no run."""
+    try:
+        content = json.loads((pathlib.Path(workdir) / "config.json").read_text())
+        return {name: content[name] for name in _DATA_IDENTITY if name in content}
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def open_data(config, workdir, announce):
@@ -233,21 +243,13 @@ def check_initial_tokenizer(config, workdir, data):
         return
     path = pathlib.Path(os.path.realpath(os.path.expanduser(source)))
     for folder in (path, path.parent.parent):  # WORKDIR, WORKDIR/checkpoints/NAME
-        theirs = _tokenizer_of(folder)
+        theirs = recorded_identity(folder).get("tokenizer_sha256")
         if theirs not in (None, data.info.tokenizer_sha256):
             raise ValueError(
                 f"config.training.initial_checkpoint is {source}: the run in {folder} had another "
                 f"tokenizer (sha256 {theirs[:12]}…) than {data.path} "
                 f"({data.info.tokenizer_sha256[:12]}…): prepare the data with that one"
             )
-
-
-def _tokenizer_of(workdir):
-    """SHA-256 of a run's tokenizer; None if there is no run, or it does not say."""
-    try:
-        return json.loads((workdir / "config.json").read_text())["tokenizer_sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def finished_record(workdir, config):
@@ -280,7 +282,7 @@ def write_config(workdir, config, *, data, peak):
     content = {
         "config": dataclasses.asdict(config),
         "data_path": str(data_path),
-        **_identity(data),
+        **identity(data),
         "expert_backend": expert_backend(config.model),
         "peak_flops_per_device": peak[0],
         "peak_flops_source": peak[1],

@@ -13,7 +13,7 @@ import pytest
 from experiments.studies import upcycling
 from olmoe_jax import studies
 from olmoe_jax.data import preparation
-from olmoe_jax.studies import equality, runner
+from olmoe_jax.studies import equality, plans
 from olmoe_jax.upcycling import recipe as recipe_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -53,11 +53,11 @@ def test_the_papers_scale_has_the_papers_sizes():
 
 
 def test_a_workdir_holds_one_way_of_upcycling(tmp_path):
-    runner.write_marker(runner.make_plan(upcycling.declare(), tmp_path, scale="smoke"))
+    plans.write_marker(plans.make_plan(upcycling.declare(), tmp_path, scale="smoke"))
     other = upcycling.declare(method="scaled")
     with pytest.raises(ValueError, match="variant 'method=reference', not 'method=scaled'"):
-        runner.make_plan(other, tmp_path, scale="smoke")
-    runner.make_plan(upcycling.declare(), tmp_path, scale="smoke")
+        plans.make_plan(other, tmp_path, scale="smoke")
+    plans.make_plan(upcycling.declare(), tmp_path, scale="smoke")
 
 
 def test_an_arm_starts_from_one_thing():

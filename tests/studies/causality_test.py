@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from olmoe_jax.studies import causality, results, runner
+from olmoe_jax.studies import causality, plans, results, runner
 from olmoe_jax.studies import declaration as studies
 from olmoe_jax.training import runs
 
@@ -56,7 +56,7 @@ def test_a_single_window_is_refused_before_any_run(tiny_base, tmp_path, monkeypa
         arms=(studies.Arm(name="one"), studies.Arm(name="two")),
         outcomes=(studies.Outcome(arm="two", against="one", metric=causality.DEPENDENCE),),
     )  # fmt: skip
-    plan = runner.make_plan(study, tmp_path, scale="smoke")
+    plan = plans.make_plan(study, tmp_path, scale="smoke")
     with pytest.raises(ValueError, match="future_dependence needs two .*_windows is 1 .0: all"):
         runner.make_runs(plan, announce=_quiet)
     config, path = plan.config("one", 1), plan.path("one", 1)
@@ -79,7 +79,7 @@ def test_dependence_is_measured_and_read_as_a_metric(tiny_base, tmp_path):
                             expected="higher"),
         ),
     )  # fmt: skip
-    plan = runner.make_plan(study, tmp_path, scale="smoke")
+    plan = plans.make_plan(study, tmp_path, scale="smoke")
     runner.make_runs(plan, devices=jax.devices()[:1], announce=_quiet)
     assert not plan.remaining
     found = {arm: results.read_run(plan.path(arm, 1), arm, 1) for arm in plan.configs}

@@ -7,7 +7,7 @@ import pytest
 
 from olmoe_jax import config, studies
 from olmoe_jax.data import preparation
-from olmoe_jax.studies import report, runner
+from olmoe_jax.studies import plans, report, runner
 
 LENGTH = 16
 
@@ -61,8 +61,8 @@ def planted(tiny_base):
 
 @pytest.fixture(scope="session")
 def finished(planted, tmp_path_factory):
-    """(runner.Plan, what report.json holds) of `planted`, run and judged."""
-    plan = runner.make_plan(planted, tmp_path_factory.mktemp("study") / "planted", scale="smoke")
+    """(plans.Plan, what report.json holds) of `planted`, run and judged."""
+    plan = plans.make_plan(planted, tmp_path_factory.mktemp("study") / "planted", scale="smoke")
     quiet = {"announce": lambda line: None}
     runner.make_runs(plan, devices=jax.devices()[:1], **quiet)
     return plan, report.write(plan, notes=["a note"], **quiet)

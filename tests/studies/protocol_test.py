@@ -6,12 +6,12 @@ import jax
 import pytest
 
 from olmoe_jax import studies
-from olmoe_jax.studies import declaration, protocol, runner, statistics
+from olmoe_jax.studies import declaration, plans, protocol, runner, statistics
 from tests.studies import synthetic
 
 
 def _plan(workdir, **fields):
-    return runner.make_plan(synthetic.study(**fields), workdir, scale="smoke")
+    return plans.make_plan(synthetic.study(**fields), workdir, scale="smoke")
 
 
 def _finals(old, new):
@@ -127,10 +127,10 @@ def test_a_plan_follows_the_protocol_and_says_where_it_does_not(written, tmp_pat
 
 def test_rates_and_seeds_carry_over_to_other_data_and_that_is_said(written, prepared):
     path, study = written
-    data = runner.data_changes(prepared)
+    data = plans.data_changes(prepared)
     found, notes = protocol.read(path, study, "smoke", data=data)
     assert notes == ["the pilot ran on other data; its rates and seeds are kept"]
-    plan = runner.make_plan(study, path.parent / "else", scale="smoke", data=prepared,
+    plan = plans.make_plan(study, path.parent / "else", scale="smoke", data=prepared,
                             seeds=found.seeds, learning_rates=found.learning_rates)  # fmt: skip
     assert plan.config("new", 3).optimizer.learning_rate == 0.008
 
@@ -184,7 +184,7 @@ def test_a_pilot_is_run_resumed_and_followed(tiny_base, tmp_path):
     study = synthetic.study(
         base={"smoke": base}, pilot_seeds=(7, 8), learning_rate_factors=(0.5, 1.0), max_seeds=3
     )
-    plan = runner.make_plan(study, tmp_path, scale="smoke")
+    plan = plans.make_plan(study, tmp_path, scale="smoke")
     options = {"devices": jax.devices()[:1], "announce": lambda line: None}
     found = protocol.run_pilot(plan, **options)
     times = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("metrics.jsonl")}

@@ -8,13 +8,13 @@ import jax
 import pytest
 
 from olmoe_jax import checkpoints, studies
-from olmoe_jax.studies import declaration, results, runner
+from olmoe_jax.studies import declaration, plans, results, runner
 from olmoe_jax.training import loop, runs
 from tests.studies import synthetic
 
 
 def _plan(study, workdir, **options):
-    return runner.make_plan(study, workdir, scale="smoke", **options)
+    return plans.make_plan(study, workdir, scale="smoke", **options)
 
 
 def _quiet(line):
@@ -166,10 +166,10 @@ def test_other_data_bring_their_path_and_sizes(prepared, tmp_path):
 
 
 def test_what_it_takes_is_said_before(finished, planted, tmp_path):
-    text = runner.describe(_plan(planted, tmp_path))
+    text = plans.describe(_plan(planted, tmp_path))
     assert "2 arms × 3 seeds [1, 2, 3] = 6 runs, 0 done" in text and "an estimate" in text
-    assert "one seed gives no interval" in runner.describe(_plan(planted, tmp_path, seeds=(1,)))
-    assert "6 runs, 6 done" in runner.describe(finished[0])
+    assert "one seed gives no interval" in plans.describe(_plan(planted, tmp_path, seeds=(1,)))
+    assert "6 runs, 6 done" in plans.describe(finished[0])
 
 
 def test_the_embedded_corpus_is_made_once_for_all_runs(planted, tmp_path, monkeypatch):
@@ -248,4 +248,4 @@ def test_an_arm_starts_from_the_end_of_another(tiny_base, tmp_path, converted):
     run = results.read_run(plan.path("new", 1), "new", 1)
     first = run.curve("validation/loss").values[0]
     assert first == pytest.approx(source.final("validation/loss"), rel=1e-5)
-    runner.make_plan(plan.study, plan.workdir, scale="smoke")  # and is not refused afterwards
+    plans.make_plan(plan.study, plan.workdir, scale="smoke")  # and is not refused afterwards

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from olmoe_jax import studies
-from olmoe_jax.studies import protocol, report, runner, sharing
+from olmoe_jax.studies import plans, protocol, report, runner, sharing
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def other(finished, tmp_path):
               studies.Arm(name="mine", changes=eps)),
         outcomes=(studies.Outcome(arm="twin", against="again", expected="equal"),),
     )  # fmt: skip
-    return runner.make_plan(study, tmp_path / "other", scale="smoke")
+    return plans.make_plan(study, tmp_path / "other", scale="smoke")
 
 
 def test_a_run_with_every_setting_the_same_is_a_link_and_a_twin_is_none(finished, other):
@@ -34,7 +34,7 @@ def test_a_run_with_every_setting_the_same_is_a_link_and_a_twin_is_none(finished
     assert note.endswith("again, seeds 1, 2: planted/good") and sharing.notes(plan) == []
     sharing.adopt(other, [plan.workdir])  # again: nothing is left that could be taken
     assert len(other.remaining) == 4
-    runner.make_plan(other.study, other.workdir, scale="smoke")  # and it is not refused
+    plans.make_plan(other.study, other.workdir, scale="smoke")  # and it is not refused
 
 
 def test_a_link_to_a_run_that_is_gone_is_made_anew(finished, other):

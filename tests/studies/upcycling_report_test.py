@@ -8,7 +8,8 @@ import pytest
 from scipy import stats
 
 from experiments.studies import upcycling
-from olmoe_jax.studies import declaration, runner, upcycling_page, upcycling_report, verdict
+from olmoe_jax import files
+from olmoe_jax.studies import declaration, plans, upcycling_page, upcycling_report, verdict
 from tests.studies import synthetic
 
 STEPS, DENSE_STEPS = 100, 20  # as declared; the runs made here end at step 40
@@ -27,14 +28,14 @@ def comparison(tiny_base, tmp_path):
             declared |= {"dense": "somewhere"}
         study = upcycling.declare(**declared)
         seeds = tuple(range(1, len(losses["scratch"]) + 1))
-        plan = runner.make_plan(study, tmp_path / name, scale="smoke", seeds=seeds)
+        plan = plans.make_plan(study, tmp_path / name, scale="smoke", seeds=seeds)
         for arm, each in losses.items():
             for seed, curve in zip(seeds, each, strict=True):
                 synthetic.write_run(
                     plan.path(arm, seed), seed, curve, config=plan.configs[arm],
                     tokens_per_second=100.0 * seed,
                 )  # fmt: skip
-        runner.write_json(plan.workdir / "bigram.json", {
+        files.write_json(plan.workdir / "bigram.json", {
             "validation/bigram_loss": bigram, "validation/bigram_bits_per_byte": 1.0,
         })  # fmt: skip
         return upcycling_report.make(plan, announce=lambda line: None, **options)
@@ -199,14 +200,14 @@ def test_a_dense_model_of_known_tokens_gives_shares_and_flops(comparison):
 
 def test_a_diverged_run_takes_its_seed_out_and_is_named(comparison, monkeypatch):
     losses = {"dense": DENSE * 3, "upcycled": [FLAT] * 3, "scratch": _falling(4.2, 4.25, 4.15)}
-    write = runner.write_json
+    write = files.write_json
 
     def with_marker(path, content):
         write(path, content)
         if path.name == "bigram.json":
             write(path.parent / "scratch/seed_2/diverged.json", {"problem": "step 7: loss nan"})
 
-    monkeypatch.setattr(runner, "write_json", with_marker)
+    monkeypatch.setattr(files, "write_json", with_marker)
     made = comparison(losses)
     assert made.content["missing"] == {"2": "scratch diverged (step 7: loss nan)"}
     assert sorted(made.content["curves"]["upcycled"]) == ["1", "3"]
