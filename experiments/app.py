@@ -137,11 +137,11 @@ def seeds(texts) -> tuple[int, ...] | None:
     """The numbers of a flag --seeds=4,5,6; None if it is not given.
 
     Raises:
-      ValueError: one is not a number.
+      ValueError: one is not a number from 0 on.
     """
     for text in texts or ():
         if not text.strip().isdecimal():
-            raise ValueError(f"--seeds: {text!r} is not a number; write --seeds=4,5,6")
+            raise ValueError(f"--seeds: {text!r} is not a number from 0 on; write --seeds=4,5,6")
     return None if texts is None else tuple(int(text) for text in texts)
 
 
@@ -154,7 +154,12 @@ def stopped(signal) -> int:
 def unfinished(plan) -> bool:
     """Says which runs of a study's Plan are still to be made, also to --json; whether any are."""
     if left := plan.remaining:
-        print(f"\n{len(left)} runs are not done yet: " + ", ".join(f"{a} {s}" for a, s in left))
+        count = "1 run is" if len(left) == 1 else f"{len(left)} runs are"
+        print(
+            f"\n{count} not done yet: {', '.join(f'{arm} {seed}' for arm, seed in left)}\n"
+            "left to other processes, or to this command without --arm and --seed; the one that "
+            "makes the last writes the report"
+        )
         write_json({"study": plan.study.name, "remaining": left})
     return bool(left)
 

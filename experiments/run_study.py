@@ -12,6 +12,10 @@ fixes learning rates and the number of seeds in WORKDIR/protocol.json, which the
 With --arm, --seed or both only those runs are made, so that jobs on several machines share the
 work. The verdicts are printed; WORKDIR/report.html has the curves, WORKDIR/report.json the numbers.
 
+--data takes prepared data instead of the embedded corpus, --seeds other seeds. Words and windows
+are then those of the data, and with them the size of a run: prepare data for the laptop scale with
+--vocab_size=1024 --sequence_length=256, for smoke with 1024 and 32.
+
 Several studies, or all, lie in WORKDIR/NAME each; a run that two of them have in common is made
 once. Behind the last one comes one table of every study of experiments/studies,
 WORKDIR/summary.html, .md and .json; one that was not run stands there with its command. Where that
@@ -24,6 +28,8 @@ import importlib.util
 import os
 import pathlib
 import shlex
+import sys
+import traceback
 
 from absl import flags
 
@@ -56,7 +62,7 @@ def main(argv):
     del argv
     chosen = choose(_STUDY.value)
     seeds = app.seeds(_SEEDS.value)
-    several = _STUDY.value == ALL or "," in _STUDY.value
+    several = _STUDY.value == ALL or len(chosen) > 1
     if several:
         for flag in (_ARM, _PROTOCOL):
             if flag.value is not None:
@@ -82,15 +88,17 @@ def main(argv):
         status, plan = _run(study, folder, seeds, others=folders)
         if status:
             return status
-        if _DRY_RUN.value:
+        if _DRY_RUN.value and not _PILOT.value:
             left += sharing.seconds_left(plan, planned, folders)
         print()
+    if _PILOT.value:
+        return 0
     if _DRY_RUN.value:
         print(
             f"{len(chosen)} {'studies' if len(chosen) > 1 else 'study'}, runs in common made once: "
             f"altogether about {metrics.duration(left)} (an estimate)"
         )
-    elif not _PILOT.value and not jax.process_index():
+    elif not jax.process_index():
         _summarize(summary, workdir)
     return 0
 
@@ -111,6 +119,9 @@ def _run(study, workdir, seeds, others=()):
                 "give another --workdir"
             )
         plan = plans.make_plan(study, workdir, scale=_SCALE.value, data=_DATA.value)
+        if _DRY_RUN.value:
+            print(protocol.describe(plan))
+            return 0, plan
         sharing.adopt_pilot(plan, others)
         found = protocol.run_pilot(plan)
         if isinstance(found, int):
@@ -124,6 +135,7 @@ def _run(study, workdir, seeds, others=()):
     plan, followed, notes = protocol.plan(
         study, workdir, scale=_SCALE.value, data=_DATA.value, seeds=seeds, path=_PROTOCOL.value
     )
+    runner.check_chosen(plan, _ARM.value, _SEED.value)
     if not _DRY_RUN.value:
         sharing.adopt(plan, others)
     print(plans.describe(plan))
@@ -151,14 +163,11 @@ def _among_others(workdir, name):
 
 def _check_pilot_flags():
     """Refuses flags that a pilot does not follow, with what to do instead."""
-    if _DRY_RUN.value:
-        raise ValueError(
-            "--pilot --dry_run: a dry run is of the runs that decide; give one of them"
-        )
     for flag in (_ARM, _SEED, _SEEDS, _PROTOCOL):
         if flag.value is not None:
+            value = ",".join(flag.value) if isinstance(flag.value, list) else flag.value
             raise ValueError(
-                f"--pilot --{flag.name}={flag.value}: a pilot makes all its runs, on seeds of its "
+                f"--pilot --{flag.name}={value}: a pilot makes all its runs, on seeds of its "
                 "own; give one of them"
             )
 
@@ -193,7 +202,11 @@ def choose(text) -> list[declaration.Study]:
     Raises:
       ValueError: as `load`; or one is named twice.
     """
-    wanted = names() if text == ALL else text.split(",")
+    wanted = (
+        names() if text == ALL else [name for part in text.split(",") if (name := part.strip())]
+    )
+    if not wanted:
+        raise ValueError(f"--study={text}: names no study")
     found = [load(name) for name in wanted]
     if len({study.name for study in found}) < len(found):
         raise ValueError(f"--study={text}: a name occurs twice")
@@ -211,28 +224,45 @@ def load(name) -> declaration.Study:
     Raises:
       ValueError: there is none (all are listed, a line each), or its file does not declare one.
     """
-    path = pathlib.Path(name) if name.endswith(".py") else FOLDER / f"{name}.py"
+    own = name.endswith(".py")
+    path = pathlib.Path(os.path.expanduser(name)) if own else FOLDER / f"{name}.py"
+    if own and not path.is_file():
+        raise FileNotFoundError(f"--study={name}: no such file")
     if not path.is_file():
         known = names()
         near = difflib.get_close_matches(name, known, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        if not name.endswith(".py"):
-            print("studies:")
-            for other in known:
-                print(f"  {other:24s} {load(other).question}")
+        print("studies:")
+        for other in known:
+            print(f"  {other:24s} {load(other).question}")
         raise ValueError(f"--study={name}: no such study{hint}: there are {', '.join(known)}")
-    spec = importlib.util.spec_from_file_location(f"study_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # the file is a program: it may raise anything
-        raise ValueError(f"{path}: {app.message(error)}") from error
+    module = _import(path)
     study = getattr(module, "STUDY", None)
     if not isinstance(study, declaration.Study):
         raise ValueError(f"{path}: must end with STUDY = studies.Study(…)")
     if study.name != path.stem:
         raise ValueError(f"{path}: its study is called {study.name!r}; the name is the file's")
     return study
+
+
+def _import(path):
+    """The module in a file.
+
+    Raises:
+      ValueError: whatever it raises, with the file and the line.
+    """
+    name = f"study_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the file is a program: it may raise anything
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        where = f"{path}:{lines[-1]}" if lines else str(path)
+        raise ValueError(f"{where}: {app.message(error)}") from error
+    return module
 
 
 if __name__ == "__main__":

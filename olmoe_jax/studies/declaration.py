@@ -162,8 +162,11 @@ class Study:
         for field, kind in (("arms", Arm), ("outcomes", Outcome)):
             value = getattr(self, field)
             right = isinstance(value, tuple) and all(isinstance(one, kind) for one in value)
-            _require(right, field, type(value).__name__, f"must be a tuple of {kind.__name__}; of "
-                     "a single one with a comma behind it")  # fmt: skip
+            if not right:
+                raise TypeError(
+                    f"{field} is {type(value).__name__!r}: must be a tuple of {kind.__name__}; of "
+                    "a single one with a comma behind it"
+                )
         names = [arm.name for arm in self.arms]
         for name in (self.name, *names):
             _require(_NAME.fullmatch(name) and name not in RESERVED, "name", name,

@@ -14,8 +14,9 @@ from olmoe_jax import files, reporting
 
 NOT_RUN = "not run"
 DATA, TEXT, PAGE = "summary.json", "summary.md", "summary.html"
-_COLUMNS = ("study", "question", "scale", "data", "comparison", "effect", "95 % interval", "seeds",
-            "the paper", "verdict")  # fmt: skip
+# what decides comes first: a page need not be as wide as all of them
+_COLUMNS = ("study", "comparison", "effect", "95 % interval", "seeds", "verdict", "the paper",
+            "scale", "data", "question")  # fmt: skip
 _HOW = (
     "The command of a study that was not run goes on with one that was begun, makes no run twice, "
     "and brings this table up to date. Add --dry_run to see how long it takes; run it with --pilot "
@@ -138,7 +139,8 @@ def page(table) -> str:
     count = len({row["study"] for row in done})
     blocks = [
         reporting.Table(
-            title="All studies", columns=_COLUMNS, rows=tuple(_cells(table)),
+            title="All studies", columns=_COLUMNS[:-1],
+            rows=tuple(cells[:-1] for cells in _cells(table, code=None)),
             note="Differences are arm − other, lower is better; costs are ratios. Intervals: "
             "Student's t over seeds." + (f" {how}" if how else ""),
         ),
@@ -149,6 +151,14 @@ def page(table) -> str:
             )
             for name in studies
             if (mine := [row for row in done if row["study"] == name])
+        ),
+        *(
+            reporting.Prose(
+                title=f"{row['study']}: {row['question']}",
+                paragraphs=(f"{NOT_RUN[0].upper()}{NOT_RUN[1:]}. {row['command'] or ''}",),
+            )
+            for row in table
+            if row["verdict"] == NOT_RUN
         ),
     ]  # fmt: skip
     return reporting.page("Studies", f"{count} of {len(studies)} studies run", blocks)
@@ -162,30 +172,34 @@ def write(folder, table):
     files.write_text(folder / PAGE, page(table))
 
 
-def _cells(table, code="{}"):
-    """Tuples of text, one per row; study and question stand once for consecutive rows."""
+def _cells(table, code):
+    """Tuples of text, one per row; study and question stand once for consecutive rows.
+
+    Args:
+      code: how the command of a study that was not run is written; None: not here.
+    """
     out, before = [], None
     for row in table:
         key = (row["study"], row["scale"], row["data"])
         name, question = ("", "") if key == before else (row["study"], row["question"])
         before = key
         if row["verdict"] == NOT_RUN:
-            how = f": {code.format(row['command'])}" if row["command"] else ""
-            out.append((name, question, *["–"] * (len(_COLUMNS) - 3), NOT_RUN + how))
+            how = f": {code.format(row['command'])}" if row["command"] and code else ""
+            out.append((name, *["–"] * 4, NOT_RUN + how, *["–"] * 3, question))
             continue
         out.append(
             (
                 name,
-                question,
-                row["scale"],
-                row["data"],
                 row["comparison"],
                 _number(row, row["effect"]),
                 "–" if row["low"] is None else
                 f"{_number(row, row['low'])} to {_number(row, row['high'])}",
                 str(row["n"]),
-                row["paper"] or "–",
                 row["verdict"] + _needed(row),
+                row["paper"] or "–",
+                row["scale"],
+                row["data"],
+                question,
             )
         )  # fmt: skip
     return out

@@ -70,6 +70,7 @@ def make(plan, *, dense_tokens=None, protocol=None, notes=(), announce=print) ->
       protocol: the protocol.Protocol that the runs follow, or None.
       notes: lines that a reader should know.
     """
+    plans.check_same_data(plan.made, {})
     found = {
         (arm, seed): results.read_run(plan.path(arm, seed), arm, seed)
         for arm in plan.configs

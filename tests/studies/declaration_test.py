@@ -69,6 +69,19 @@ def test_a_study_that_cannot_be_run_is_refused(fields, message):
         synthetic.study(**fields)
 
 
+def test_a_lost_comma_is_named():
+    with pytest.raises(TypeError, match="study made_up: arms is 'Arm': must be a tuple of Arm"):
+        synthetic.study(arms=studies.Arm(name="old"))
+
+
+def test_arms_are_compared_directly_or_through_a_third():
+    arms = tuple(studies.Arm(name=name) for name in "abcde")
+    pairs = (("d", "c"), ("b", "a"), ("b", "d"))
+    outcomes = tuple(synthetic.outcome(arm=arm, against=against) for arm, against in pairs)
+    assert synthetic.study(arms=arms, outcomes=outcomes).compared == [("a", "b", "c", "d")]
+    assert synthetic.study(arms=arms, outcomes=outcomes[:2]).compared == [("c", "d"), ("a", "b")]
+
+
 def test_an_arm_starts_from_an_earlier_one():
     start = studies.Arm(name="new", starts_from="old")
     with pytest.raises(ValueError, match="starts_from is 'old': arm new must come after"):

@@ -38,7 +38,9 @@ def test_seeds_follow_from_the_spread_and_not_from_the_effect(tmp_path):
     groups = [[n - o for n, o in zip(*rows, strict=True)] for rows in zip(NEW, OLD, strict=True)]
     sd, freedom = statistics.pooled_sd(groups)
     assert (found.sd, found.degrees_of_freedom) == (pytest.approx(sd), freedom)
-    assert len(found.seeds) == statistics.seeds_to_decide(0.2, sd, least=3)
+    bound = statistics.sd_bound(sd, freedom)
+    assert found.sd_bound == bound > sd
+    assert len(found.seeds) == statistics.seeds_to_decide(0.2, bound, least=3)
     assert found.power == pytest.approx(statistics.power(0.2, sd, len(found.seeds)))
 
 
@@ -102,12 +104,52 @@ def test_a_protocol_of_another_declaration_is_refused(written):
     with pytest.raises(ValueError, match="of variant '' of study made_up, not of 'scaled'. Run --"):
         protocol.read(path, scaled, "smoke")
     content = json.loads(path.read_text())
-    del content["variant"]  # as earlier versions wrote it
+    del content["variant"], content["outcomes"]  # as earlier versions wrote it
     path.write_text(json.dumps(content))
     assert protocol.read(path, scaled, "smoke")[0].variant == "scaled"
-    path.write_text("{}")
-    with pytest.raises(ValueError, match="not a protocol of this version"):
-        protocol.read(path, study, "smoke")
+    for text in ("{}", "[]", '{"study": '):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"{path}: not a protocol.*un --pilot again"):
+            protocol.read(path, study, "smoke")
+
+
+def test_a_question_that_was_changed_after_the_pilot_is_refused_or_noted(written):
+    path, study = written
+    for change, words in (
+        ({"smallest_effect": 1.0}, "smallest_effect 0.01 != 1.0"),
+        ({"expected": "equal"}, "expected 'lower' != 'equal'"),
+        ({"metric": "train/loss"}, "metric 'validation/loss' != 'train/loss'"),
+    ):
+        changed = dataclasses.replace(study, outcomes=(synthetic.outcome(**change),))
+        with pytest.raises(ValueError, match=f"for another question .*{words}.*Ask what was fixed"):
+            protocol.read(path, changed, "smoke")
+    said = dataclasses.replace(study, outcomes=(synthetic.outcome(paper="in other words"),))
+    assert protocol.read(path, said, "smoke")[1] == []
+    outcomes = (*study.outcomes, synthetic.outcome(measure="tokens"))
+    more = dataclasses.replace(study, outcomes=outcomes)
+    (note,) = protocol.read(path, more, "smoke")[1]
+    assert note == f"not fixed by the protocol, so explored: {outcomes[1].title}"
+    content = json.loads(path.read_text())
+    del content["outcomes"]  # as earlier versions wrote it: these two were kept
+    path.write_text(json.dumps(content))
+    assert protocol.read(path, more, "smoke")[1] == []
+    with pytest.raises(ValueError, match="for another question"):
+        protocol.read(path, changed, "smoke")
+
+
+def test_seeds_of_the_pilot_are_none_of_a_verdict(written, tmp_path):
+    path, study = written
+    with pytest.raises(ValueError, match="--seeds: 101 belong to the pilot"):
+        plans.make_plan(study, tmp_path / "run", scale="smoke", seeds=(7, 101))
+    other = dataclasses.replace(study, pilot_seeds=(901,))  # declared after the pilot
+    with pytest.raises(ValueError, match="--seeds: 102 belong to the pilot"):
+        protocol.plan(other, tmp_path / "run", scale="smoke", seeds=(7, 102), path=path)
+
+
+def test_a_pilot_says_beforehand_what_it_takes(tmp_path):
+    text = protocol.describe(_plan(tmp_path))
+    assert "pilot of made_up (smoke): 12 runs, seeds 101, 102, 0 done" in text
+    assert "new: learning rate 0.002, 0.004, 0.008" in text and "(an estimate)" in text
 
 
 def test_a_plan_follows_the_protocol_and_says_where_it_does_not(written, tmp_path):
@@ -155,6 +197,7 @@ def test_an_arm_that_starts_from_another_is_piloted_from_its_best_rate(tmp_path,
         "finished_record",
         lambda path, config: (path / "config.json").is_file() or None,
     )
+    monkeypatch.setattr(runner, "check_data", lambda plan, announce: None)
     monkeypatch.setattr(runner, "claim", lambda path: contextlib.nullcontext(True))
     found = protocol.run_pilot(plan, announce=lambda line: None)
     assert found.learning_rates == {"old": 0.004, "new": 0.004}
@@ -171,6 +214,7 @@ def test_an_arm_that_starts_from_another_is_piloted_from_its_best_rate(tmp_path,
 def test_a_pilot_waits_for_what_its_arms_start_from(tmp_path, monkeypatch):
     """Another process has the runs of "old": "new" cannot know yet where to start."""
     arms = (studies.Arm(name="old"), studies.Arm(name="new", starts_from="old"))
+    monkeypatch.setattr(runner, "check_data", lambda plan, announce: None)
     monkeypatch.setattr(
         runner, "claim", lambda path: contextlib.nullcontext("old" not in path.parts)
     )

@@ -1,12 +1,16 @@
+import dataclasses
 import fcntl
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from olmoe_jax.studies import report, results, verdict
+from olmoe_jax.data import pipeline
+from olmoe_jax.studies import plans, report, results, verdict
+from olmoe_jax.training import runs
 from tests.browser import chromium
 
 
@@ -61,7 +65,41 @@ def test_report_json_has_costs_routing_and_notes(finished):
     assert row["seconds"] == pytest.approx(768 / row["tokens_per_second"], rel=0.5)
     assert content["notes"] == ["a note"] and content["protocol"] is None
     assert content["data"] == plan.configs["good"].data.path
-    assert content["environment"] and content["outcomes"][0]["documents"]["n"] > 3
+    assert content["environment"] and content["outcomes"][0]["documents"] is None  # too few
+    assert content["data_identity"] == runs.identity(pipeline.open(content["data"]))
+    rate = plan.configs["good"].optimizer.learning_rate
+    assert [content["arms"][arm]["changes"] for arm in ("good", "worse")] == [
+        {"optimizer.learning_rate": rate}, {"optimizer.learning_rate": rate / 100},
+    ]  # fmt: skip
+    every = list(plan.study.equal)
+    assert content["held_equal"] == [{"arms": ["good", "worse"], "names": every}]
+
+
+def test_the_bigram_model_is_that_of_the_runs_data(finished, tmp_path):
+    plan, content = finished
+    copy = dataclasses.replace(plan, workdir=tmp_path / "copy")
+    shutil.copytree(plan.workdir, copy.workdir, symlinks=True)
+    path = copy.workdir / report.BIGRAM
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps(kept | {"validation/bigram_loss": 9.0}))
+    found = report.bigram_baseline(copy, lambda line: None)["validation/bigram_loss"]
+    assert found == 9.0  # kept, of the same data
+    path.write_text(json.dumps(kept | {"validation/bigram_loss": 9.0, "data": {}}))
+    found = report.bigram_baseline(copy, lambda line: None)["validation/bigram_loss"]
+    assert found == pytest.approx(content["bigram"]["loss"])
+
+
+def test_runs_on_data_that_were_prepared_anew_are_not_judged_together(finished, tmp_path):
+    plan, _ = finished
+    copy = dataclasses.replace(plan, workdir=tmp_path / "copy")
+    shutil.copytree(plan.workdir, copy.workdir, symlinks=True)
+    config = copy.path("worse", 2) / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps(content | {"data_sha256": "0" * 64}))
+    with pytest.raises(ValueError, match="worse/seed_2 was run on other data than .*good/seed_1"):
+        report.write(copy)
+    with pytest.raises(ValueError, match="worse/seed_2 was run on other data than .*Name another"):
+        plans.make_plan(plan.study, copy.workdir, scale="smoke")
 
 
 def test_the_page_has_verdict_curves_costs_and_routing(finished):
@@ -72,7 +110,8 @@ def test_the_page_has_verdict_curves_costs_and_routing(finished):
     assert content["outcomes"][0]["words"].split(":")[0] in words
     for title in ("Verdicts", "validation/loss over tokens", "over training FLOPs",
                   "over seconds of training", "Final differences, paired by seed",
-                  "What each arm costs", "Quality and routing", "How it was done"):  # fmt: skip
+                  "What the arms change", "What each arm costs", "Quality and routing",
+                  "How it was done"):  # fmt: skip
         assert title in body
     data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
     curve = data["charts"][0]["series"][0]

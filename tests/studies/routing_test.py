@@ -22,7 +22,7 @@ def _text(plan, arm):
 def test_the_report_says_what_the_analyses_say(finished):
     plan, content = finished
     row = content["routing"]["good"]
-    ids, tv = {}, []
+    ids, distances = {}, []
     for seed in plan.seeds:
         for one in suites.checkpoints_of(plan.path("good", seed)):
             parts, kept = [], []
@@ -32,8 +32,14 @@ def test_the_report_says_what_the_analyses_say(finished):
                 parts.append(found.accumulated.counter.result())
                 kept += found.accumulated.ids
             ids[seed, one.step] = np.concatenate(kept)[:, 0]
-        tv.append(domains.specialisation(parts).topk.tv.value.mean())
-    assert row["specialisation"] == pytest.approx(np.mean(tv))
+        one = domains.specialisation(parts).topk
+        distances.append((one.specific, one.specific_chance, one.tv.value))
+        loads = np.stack([part.topk for part in parts]).astype(float)  # [domains, layers, experts]
+        shares = loads / loads.sum(-1, keepdims=True)
+        by_hand = 0.5 * np.abs(shares - shares.mean(0)).sum(-1)
+        np.testing.assert_allclose(one.specific, by_hand.T)
+    found = [row[name] for name in ("specialisation", "specialisation_chance", "imbalance")]
+    assert found == pytest.approx(np.mean(distances, (0, 2, 3)))
     assert row["saturation_chance"] == 2 / 4 and row["domains"] == ["a", "b", "c"]
     assert row["tokens"] == sum(len(one.tokens) for one in _text(plan, "good"))
     assert list(row["saturation"]) == ["0.33"]  # of steps 4, 8 and 12 next to 10, 20 and 40 %

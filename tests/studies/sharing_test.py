@@ -65,7 +65,7 @@ def test_a_pilot_takes_over_the_same_run_of_another_pilot(finished, other, tmp_p
 
 def test_the_estimate_counts_runs_in_common_once(finished, other, monkeypatch):
     plan, _ = finished
-    monkeypatch.setattr(runner, "estimate", lambda plan, arm, seed: 1.0)
+    monkeypatch.setattr(plans, "estimate", lambda plan, arm, seed: 1.0)
     planned = {plan.config(arm, seed) for arm in plan.configs for seed in plan.seeds}
     assert sharing.seconds_left(other, set()) == 6
     assert sharing.seconds_left(other, planned) == 4
@@ -75,11 +75,19 @@ def test_the_estimate_counts_runs_in_common_once(finished, other, monkeypatch):
 def test_the_estimate_leaves_out_what_other_studies_have_finished(finished, other, monkeypatch):
     plan, _ = finished
     folders = [plan.workdir, other.workdir]
-    monkeypatch.setattr(runner, "estimate", lambda plan, arm, seed: 1.0)
+    monkeypatch.setattr(plans, "estimate", lambda plan, arm, seed: 1.0)
     assert sharing.seconds_left(other, set(), folders) == 4
     assert sharing.seconds_left(plan, set(), folders) == 0
     sharing.adopt(other, folders)  # as many are left once the runs in common are links
     assert sharing.seconds_left(other, set(), folders) == len(other.remaining) == 4
+
+
+def test_a_run_on_data_that_were_prepared_anew_is_not_taken(finished, other, monkeypatch):
+    plan, _ = finished
+    anew = {"tokenizer_sha256": "0" * 64, "data_sha256": "1" * 64}
+    monkeypatch.setattr(sharing.runs, "identity", lambda data: anew)
+    sharing.adopt(other, [plan.workdir])
+    assert len(other.remaining) == 6
 
 
 @pytest.mark.slow

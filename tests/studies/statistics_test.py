@@ -85,6 +85,13 @@ def test_nothing_is_extrapolated():
     assert statistics.crossing([3.0, 4.0], [-1.0, -2.0]) == 3.0
 
 
+@pytest.mark.parametrize("freedom", [1, 4])
+def test_the_true_spread_lies_below_its_bound_as_often_as_said(freedom):
+    drawn = np.random.default_rng(0).normal(0, 0.3, (20_000, freedom + 1)).std(1, ddof=1)
+    bounds = np.array([statistics.sd_bound(sd, freedom) for sd in drawn])
+    assert (bounds > 0.3).mean() == pytest.approx(statistics.SD_CONFIDENCE, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("x", "gap"),
     [([], []), ([0.0, 1.0], [1.0, 0.0]), ([2.0, 1.0], [1.0, 0.0]), ([1.0], [math.nan])],

@@ -30,7 +30,8 @@ def test_a_study_that_was_not_run_stands_with_its_command():
     assert (rows[0]["verdict"], rows[0]["effect"]) == (summary.NOT_RUN, None)
     assert rows[0].keys() == rows[1].keys()
     text = summary.markdown(rows)
-    assert r"| first | Is a \| b? |" in text
+    assert text.splitlines()[2].startswith("| first | – |")
+    assert text.splitlines()[2].endswith(r"| Is a \| b? |")
     assert "| not run: `python -m run --study=first` |" in text
     assert "Add --dry_run to see how long it takes" in text
     assert all(line.count(" |") == 10 for line in text.splitlines()[:-2])
@@ -46,11 +47,9 @@ def test_effects_ratios_and_seeds_are_those_of_the_report():
     rows = summary.rows([_report("second", _outcome(), ratio, protocol={"seeds": [1]})], KNOWN)
     assert rows[1]["pilot"] and rows[2]["paper"] is None
     line, other = summary.markdown(rows).splitlines()[3:5]
-    assert "| -0.0312 | -0.0500 to -0.0124 | 3 | 2.6 against 2.7 | agrees with the paper |" in line
-    assert other.startswith(
-        "|  |  | laptop | embedded | new against old: tokens"
-    )  # its study stands above
-    assert "| 0.345 × | – | 1 | – | not decidable at this scale (about 17 seeds would) |" in other
+    assert "| -0.0312 | -0.0500 to -0.0124 | 3 | agrees with the paper | 2.6 against 2.7 |" in line
+    assert other.startswith("|  | new against old: tokens to the same | 0.345 × | – | 1 | not deci")
+    assert other.endswith("(about 17 seeds would) | – | laptop | embedded |  |")  # stands above
 
 
 def test_every_scale_and_unknown_studies_have_rows_of_their_own():

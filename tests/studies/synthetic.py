@@ -8,7 +8,9 @@ import numpy as np
 
 from olmoe_jax import config as config_lib
 from olmoe_jax import studies
+from olmoe_jax.data import pipeline
 from olmoe_jax.studies import scales
+from olmoe_jax.training import runs
 
 STEPS, INTERVAL = 40, 4
 
@@ -31,10 +33,11 @@ def study(**fields):
     return studies.Study(**defaults | fields)
 
 
-def write_run(path, seed, losses, *, config=None, tokens_per_second=1000.0, load=None):
+def write_run(path, seed, losses, *, config=None, tokens_per_second=1000.0, load=None, data=None):
     """Writes config.json and metrics.jsonl of a run whose validation losses are `losses`.
 
-    The losses lie INTERVAL steps apart; step 0 comes first.
+    The losses lie INTERVAL steps apart; step 0 comes first. `data`: path of the prepared data that
+    it has read, if it is to say so.
     """
     config = scales.BASES["smoke"] if config is None else config
     steps = (len(losses) - 1) * INTERVAL
@@ -42,7 +45,9 @@ def write_run(path, seed, losses, *, config=None, tokens_per_second=1000.0, load
     config = dataclasses.replace(config, training=training)
     path = pathlib.Path(path)
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps({"config": dataclasses.asdict(config)}))
+    identity = {} if data is None else runs.identity(pipeline.open(data))
+    content = {"config": dataclasses.asdict(config)} | identity
+    (path / "config.json").write_text(json.dumps(content))
     with (path / "metrics.jsonl").open("w") as file:
         for step in range(steps + 1):
             record = {"step": step}

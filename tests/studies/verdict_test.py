@@ -97,6 +97,7 @@ def test_one_seed_has_no_interval_and_says_so(tmp_path):
     finding = verdict.judge(synthetic.outcome(), _ending(tmp_path, new=[3.0], old=[4.0]))
     assert finding.interval.low is None and finding.agreement == verdict.UNDECIDED
     assert "one seed gives no interval" in finding.words
+    assert finding.words.startswith("validation/loss of new − old: -1.0000 nats")
 
 
 def test_small_differences_are_equal_only_if_the_interval_says_so(tmp_path):
@@ -107,6 +108,26 @@ def test_small_differences_are_equal_only_if_the_interval_says_so(tmp_path):
     assert verdict.judge(strict, runs).agreement == verdict.UNDECIDED
     runs = _ending(tmp_path / "far", new=[5.0, 5.1, 5.21], old=[4.0, 4.1, 4.2])
     assert verdict.judge(equal, runs).agreement == verdict.DISAGREES
+
+
+def test_an_effect_that_is_surely_below_the_smallest_is_equal_and_nothing_else(tmp_path):
+    runs = _ending(tmp_path, new=[4.002, 4.1021, 4.2019], old=[4.0, 4.1, 4.2])
+    agreement = {
+        expected: verdict.judge(synthetic.outcome(expected=expected), runs).agreement
+        for expected in ("higher", "equal", "lower", None)
+    }
+    assert agreement == {
+        "higher": verdict.DISAGREES, "equal": verdict.AGREES, "lower": verdict.DISAGREES,
+        None: f"{verdict.DECIDED}: equal",
+    }  # fmt: skip
+    finding = verdict.judge(synthetic.outcome(), runs)
+    assert finding.interval.low > 0 and "no difference as large as 0.01 nats" in finding.words
+
+
+def test_a_ratio_near_one_says_how_near(tmp_path):
+    runs = _ending(tmp_path, new=[4.0, 4.0], old=[4.0, 4.0])
+    finding = verdict.judge(synthetic.outcome(measure="tokens", smallest_effect=0.05), runs)
+    assert "no difference as large as a ratio of 1.05." in finding.words
 
 
 @pytest.mark.parametrize(("measure", "factor"), [("tokens", 1.0), ("flops", None), ("seconds", 2)])
@@ -167,3 +188,7 @@ def test_documents_are_bootstrapped_apart(tmp_path):
         np.savez(run.path / results.DOCUMENTS, documents=np.arange(30), nats=nats, targets=targets)
     interval = verdict.judge(synthetic.outcome(), runs).documents
     assert interval.n == 30 and interval.low < 0.1 < interval.high < 0.2
+    for run in runs.values():  # too few documents to draw from
+        few = {name: values[:19] for name, values in results.read_documents(run.path).items()}
+        np.savez(run.path / results.DOCUMENTS, **few)
+    assert verdict.judge(synthetic.outcome(), runs).documents is None
