@@ -104,6 +104,10 @@ def expand(patterns) -> list[str]:
         found = [
             p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)
         ]
+        if not found and os.path.isdir(os.path.expanduser(pattern)):
+            raise FileNotFoundError(
+                f"--input={pattern}: is a directory; name its files: --input='{pattern}/**/*.txt'"
+            )
         if not found:
             raise FileNotFoundError(f"--input={pattern}: no file matches")
         paths.update(found)

@@ -196,6 +196,8 @@ def test_globs_are_expanded_sorted_and_checked(tmp_path):
         (tmp_path / name).write_text("x")
     patterns = [f"{tmp_path}/*.jsonl", f"{tmp_path}/a*", f"{tmp_path}/b*"]
     assert corpora.expand(patterns) == [f"{tmp_path}/a.txt", f"{tmp_path}/b.jsonl"]
+    with pytest.raises(FileNotFoundError, match="is a directory; name its files: --input='.*txt'"):
+        corpora.expand([str(tmp_path)])
     with pytest.raises(FileNotFoundError, match=r"--input=.*nothing\*: no file matches"):
         corpora.expand([f"{tmp_path}/nothing*"])
     with pytest.raises(ValueError, match="c.parquet: unknown kind"):

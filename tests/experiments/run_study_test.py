@@ -1,5 +1,6 @@
 """`experiments.run_study` as a person runs it, and the declarations of `experiments/studies`."""
 
+import ast
 import dataclasses
 import json
 import os
@@ -12,7 +13,7 @@ import types
 import pytest
 
 from experiments import run_study
-from olmoe_jax import config, studies
+from olmoe_jax import config
 from olmoe_jax.data import preparation
 from olmoe_jax.studies import equality, summary
 
@@ -33,10 +34,13 @@ def run(*arguments):
 @pytest.mark.parametrize("name", run_study.names())
 def test_every_declaration_is_valid_at_every_scale_and_says_how_to_run_it(name):
     study = run_study.load(name)
-    assert isinstance(study, studies.Study) and len(study.question) < 100
-    docstring = (run_study.FOLDER / f"{name}.py").read_text().split('"""')[1]
-    assert f"--study={name} " in docstring
-    assert {"smoke", "laptop", "paper"} <= set(study.base)
+    assert len(study.question) < 100, "a question has at most 100 characters: tables show it"
+    docstring = ast.get_docstring(ast.parse((run_study.FOLDER / f"{name}.py").read_text())) or ""
+    assert f"--study={name} " in docstring, "the docstring names the command that runs it"
+    for word in ("Paper:", "Command:"):
+        assert word in docstring or name == "control", f"the docstring has a paragraph {word}"
+    scales = {"smoke", "laptop", "paper"}
+    assert scales <= set(study.base), "a study of this folder has every scale: --study=all"
 
 
 def test_moe_and_dense_are_equal_but_for_the_router():
@@ -68,6 +72,7 @@ def test_granularity_and_the_shared_expert_are_those_of_the_paper():
 
 def test_several_studies_are_chosen_by_commas_and_all_are_all():
     assert [s.name for s in run_study.choose("qk_norm,control")] == ["qk_norm", "control"]
+    assert [s.name for s in run_study.choose(" control, qk_norm,")] == ["control", "qk_norm"]
     assert [s.name for s in run_study.choose("all")] == run_study.names()
     with pytest.raises(ValueError, match="a name occurs twice"):
         run_study.choose("control,control")
@@ -116,8 +121,22 @@ def test_the_command_of_a_study_that_was_not_run_has_the_others_flags(tmp_path, 
 def test_a_file_that_declares_no_study_is_refused(tmp_path, text, message):
     path = tmp_path / "mine.py"
     path.write_text(text)
-    with pytest.raises(ValueError, match=f"{path}: .*{message}"):
+    with pytest.raises(ValueError, match=f"{path}:.* .*{message}"):
         run_study.load(str(path))
+
+
+def test_an_error_in_a_file_names_its_line_and_a_file_may_have_dataclasses(tmp_path, monkeypatch):
+    text = "from __future__ import annotations\nimport dataclasses\n\n\n@dataclasses.dataclass\n"
+    text += "class Width:\n    factor: int\n\n\n"
+    path = tmp_path / "control.py"
+    path.write_text(text + "Width(1) / 0\n")
+    with pytest.raises(ValueError, match=f"{path}:10: unsupported operand"):
+        run_study.load(str(path))
+    path.write_text(text + "from experiments.studies.control import STUDY\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_study.load("~/control.py").name == "control"
+    with pytest.raises(FileNotFoundError, match="--study=~/mine.py: no such file"):
+        run_study.load("~/mine.py")
 
 
 def test_the_slurm_script_starts_each_run_once(tmp_path):
@@ -130,12 +149,21 @@ def test_the_slurm_script_starts_each_run_once(tmp_path):
             "SLURM_ARRAY_TASK_ID": str(task), "PATH": f"{tmp_path}:{os.environ['PATH']}",
         }  # fmt: skip
         script = ROOT / "experiments/studies/slurm_array.sh"
-        arguments = [str(script), "moe_vs_dense", "W", "laptop", "dense moe", "1 2 3"]
+        arguments = [
+            str(script),
+            "moe_vs_dense",
+            "W",
+            "laptop",
+            "dense moe",
+            "1 2 3",
+            "--data=my D",
+        ]
         subprocess.run(["bash", *arguments], env=environment, check=True)
     calls = (tmp_path / "calls").read_text().splitlines()
     ends = sorted(" ".join(call.split()[-2:]) for call in calls)
     assert ends == [f"--arm={arm} --seed={seed}" for arm in ("dense", "moe") for seed in (1, 2, 3)]
-    common = "-m experiments.run_study --study=moe_vs_dense --workdir=W --scale=laptop"
+    common = "-m experiments.run_study --study=moe_vs_dense --workdir=W --scale=laptop "
+    common += "--seeds=1,2,3 --data=my D --arm="
     assert all(call.startswith(common) for call in calls)
 
 
@@ -144,13 +172,22 @@ def test_a_pilot_refuses_what_it_would_not_follow_and_to_come_too_late(tmp_path)
     for extra in ("--arm=base", "--seed=1", "--seeds=7,8", "--protocol=p.json"):
         status, _, error = run(*flags, extra)
         assert status == 2 and error.count("\n") == 1
-        assert "--pilot" in error and "a pilot makes all its runs" in error
+        assert f"--pilot {extra}: a pilot makes all its runs" in error
+    status, out, error = run(*flags, "--dry_run")
+    assert status == 0 and "pilot of control (smoke): 14 runs, seeds 101, 102" in out, error
+    assert not list(tmp_path.iterdir())
     (tmp_path / "base/seed_1").mkdir(parents=True)
     (tmp_path / "base/seed_1/metrics.jsonl").write_text("")
     (tmp_path / "protocol.json").write_text("{}")
     status, _, error = run(*flags)
     assert status == 2 and "runs follow it already" in error
     assert (tmp_path / "protocol.json").read_text() == "{}"
+
+
+def test_a_wrong_arm_is_all_that_is_said(tmp_path):
+    flags = ["--study=control", f"--workdir={tmp_path}", "--scale=smoke", "--arm=wrose"]
+    status, out, error = run(*flags)
+    assert (status, out) == (2, "") and "no arm 'wrose' (the nearest is 'worse')" in error
 
 
 def test_one_of_several_studies_follows_its_own_protocol(tmp_path):
