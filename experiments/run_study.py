@@ -110,7 +110,7 @@ def _run(study, workdir, seeds, others=()):
     """
     import jax
 
-    from olmoe_jax.studies import plans, protocol, report, runner, sharing
+    from olmoe_jax.studies import pilot, plans, protocol, report, runner, sharing
 
     if _PILOT.value:
         if (workdir / protocol.FILE).is_file() and any(workdir.glob("*/seed_*/metrics.jsonl")):
@@ -120,10 +120,10 @@ def _run(study, workdir, seeds, others=()):
             )
         plan = plans.make_plan(study, workdir, scale=_SCALE.value, data=_DATA.value)
         if _DRY_RUN.value:
-            print(protocol.describe(plan))
+            print(pilot.describe(plan))
             return 0, plan
         sharing.adopt_pilot(plan, others)
-        found = protocol.run_pilot(plan)
+        found = pilot.run(plan)
         if isinstance(found, int):
             return app.stopped(found), None
         protocol.write(workdir / protocol.FILE, found)

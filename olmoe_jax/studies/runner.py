@@ -69,14 +69,11 @@ def check_chosen(plan, arm, seed):
 def check_data(plan, announce):
     """Refuses data in which an outcome cannot be measured, or that are not those of the runs that
     are there: before any run is made."""
-    sources = {
-        plans.source_of(config): (arm, config) for arm, config in reversed(plan.configs.items())
-    }
     now = {}
-    for source, (arm, config) in sources.items():
-        path = plan.path(arm, plan.seeds[0])
-        share_data(plan.workdir, path, config, announce)
-        now[source] = runs.open_data(config, path, announce)
+    for config in plan.configs.values():
+        source = plans.source_of(config)
+        if source not in now:
+            now[source] = _open_data(plan.workdir, config, announce)
         _check_domains(plan, config, now[source])
         if plan.needs_causality:
             causality.check(config, now[source])
@@ -160,6 +157,16 @@ def share_data(workdir, path, config, announce):
             (path / "data").unlink(missing_ok=True)  # a link to nowhere
             (path / "data").symlink_to(os.path.relpath(shared, path), target_is_directory=True)
         runs.open_data(config, path, announce)
+
+
+def _open_data(workdir, config, announce):
+    """The PreparedData of a study's run; an embedded corpus is built in WORKDIR/data if need be."""
+    if config.data.path != "embedded":
+        return runs.open_data(config, workdir, announce)
+    shared = workdir / "data"
+    shared.mkdir(parents=True, exist_ok=True)
+    with files.locked(shared / ".lock"):
+        return runs.open_data(config, workdir, announce)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import pathlib
 
 import jax
 
-from olmoe_jax.studies import plans, protocol, results
+from olmoe_jax.studies import pilot, plans, results
 from olmoe_jax.training import runs
 
 _RUNS = "*/seed_*"
@@ -37,7 +37,7 @@ def adopt(plan, workdirs):
 
 def adopt_pilot(plan, workdirs):
     """As `adopt`, of the runs of a plan's pilot and those of other pilots."""
-    wanted = [(arm, config, path) for arm, _, _, config, path in protocol.pilot_runs(plan)]
+    wanted = [(arm, config, path) for arm, _, _, config, path in pilot.wanted_runs(plan)]
     _link(plan, wanted, workdirs, _PILOT_RUNS)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from olmoe_jax import checkpoints, studies
 from olmoe_jax.data import preparation
-from olmoe_jax.studies import declaration, plans, protocol, results, runner
+from olmoe_jax.studies import declaration, pilot, plans, results, runner
 from olmoe_jax.training import loop, runs
 from tests.studies import synthetic
 
@@ -86,7 +86,7 @@ def test_a_domain_without_text_to_evaluate_costs_no_run(planted, tmp_path, monke
     plan = _plan(
         dataclasses.replace(planted, outcomes=(about,)), tmp_path / "run", data=tmp_path / "data"
     )
-    for make in (runner.make_runs, protocol.run_pilot):
+    for make in (runner.make_runs, pilot.run):
         with pytest.raises(ValueError, match="the validation windows hold no text of 'b'; prepare"):
             make(plan, announce=_quiet)
 

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from olmoe_jax import studies
-from olmoe_jax.studies import plans, protocol, report, runner, sharing
+from olmoe_jax.studies import pilot, plans, report, runner, sharing
 
 
 @pytest.fixture
@@ -51,15 +51,13 @@ def test_a_link_to_a_run_that_is_gone_is_made_anew(finished, other):
 def test_a_pilot_takes_over_the_same_run_of_another_pilot(finished, other, tmp_path):
     plan, _ = finished
     piloted = dataclasses.replace(plan, workdir=tmp_path / "piloted")
-    ran = next(run for run in protocol.pilot_runs(piloted) if run[0] == "good")
+    ran = next(run for run in pilot.wanted_runs(piloted) if run[0] == "good")
     shutil.copytree(plan.path("good", 1), ran[4])
     content = json.loads((ran[4] / "config.json").read_text())
     content["config"] = dataclasses.asdict(ran[3])
     (ran[4] / "config.json").write_text(json.dumps(content))
     sharing.adopt_pilot(other, [other.workdir, piloted.workdir])
-    links = {
-        run[0:3]: run[4].resolve() for run in protocol.pilot_runs(other) if run[4].is_symlink()
-    }
+    links = {run[0:3]: run[4].resolve() for run in pilot.wanted_runs(other) if run[4].is_symlink()}
     assert links == {("again", *ran[1:3]): ran[4].resolve()}
 
 
