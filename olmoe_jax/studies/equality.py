@@ -118,11 +118,11 @@ def held(configs, names, groups) -> list[tuple[tuple, tuple]]:
     return found + [(tuple(group), rest) for group in groups if rest]
 
 
-def words(held_equal) -> str:
-    """What `held` returns, in words: "of a, b, c: tokens; of a, b: total_parameters"."""
+def words(held_equal, configs) -> str:
+    """What `held` returns, in words: "tokens; of a, b: total_parameters"; arms where not all."""
     parts = []
-    for number, (arms, names) in enumerate(held_equal):
-        among = "" if number == 0 and len(held_equal) == 1 else f"of {', '.join(arms)}: "
+    for arms, names in held_equal:
+        among = "" if len(arms) == len(configs) else f"of {', '.join(arms)}: "
         parts.append(f"{among}{', '.join(names)}")
     return "; ".join(parts) or "nothing"
 

@@ -36,7 +36,7 @@ def build(plan, found, findings, content) -> str:
 def _method(plan, findings, content):
     lines = [
         f"Held equal and checked, the router's own part apart: "
-        f"{equality.words(plans.held_equal(plan))}. "
+        f"{equality.words(plans.held_equal(plan), plan.configs)}. "
         "Runs of one seed see the same batches, so differences are taken per seed; intervals are "
         "Student's t over seeds. The bootstrap over documents draws which text was evaluated and "
         "leaves the runs as they are.",

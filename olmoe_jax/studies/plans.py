@@ -247,7 +247,7 @@ def describe(plan) -> str:
     lines = [
         f"study {plan.study.name} ({plan.scale}): {plan.study.question}",
         equality.table(plan.configs),
-        f"held equal: {equality.words(held_equal(plan))}",
+        f"held equal: {equality.words(held_equal(plan), plan.configs)}",
         f"{len(plan.configs)} arms × {len(plan.seeds)} seeds {list(plan.seeds)} = {whole} runs, "
         f"{whole - len(remaining)} done"
         + ("" if len(plan.seeds) > 1 else "; one seed gives no interval"),

@@ -115,7 +115,10 @@ def test_what_is_held_equal_is_said_of_those_for_which_it_holds(tmp_path):
         studies.Arm(name="old"), studies.Arm(name="new"),
     )  # fmt: skip
     text = plans.describe(_plan(synthetic.study(arms=arms), tmp_path))
-    assert "held equal: of start, old, new: data_order; of old, new: total_parameters, " in text
+    assert "held equal: data_order; of old, new: total_parameters, active_parameters, " in text
+    shifted = (dataclasses.replace(arms[0], changes={"data.start_step": 9}), *arms[1:])
+    text = plans.describe(_plan(synthetic.study(arms=shifted, equal=("data_order",)), tmp_path))
+    assert "held equal: of old, new: data_order\n" in text
     text = plans.describe(_plan(synthetic.study(), tmp_path))
     assert "held equal: total_parameters, active_parameters, flops_per_token, tokens, data_" in text
 
