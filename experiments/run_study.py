@@ -113,9 +113,9 @@ def _run(study, workdir, seeds, others=()):
     from olmoe_jax.studies import pilot, plans, protocol, report, runner, sharing
 
     if _PILOT.value:
-        if (workdir / protocol.FILE).is_file() and any(workdir.glob("*/seed_*/metrics.jsonl")):
+        if any(workdir.glob("*/seed_*/metrics.jsonl")):
             raise ValueError(
-                f"{workdir / protocol.FILE}: runs follow it already, and a pilot would replace it; "
+                f"{workdir}: holds runs of the verdict already, and a pilot comes before them; "
                 "give another --workdir"
             )
         plan = plans.make_plan(study, workdir, scale=_SCALE.value, data=_DATA.value)
@@ -225,7 +225,9 @@ def load(name) -> declaration.Study:
       ValueError: there is none (all are listed, a line each), or its file does not declare one.
     """
     own = name.endswith(".py")
-    path = pathlib.Path(os.path.expanduser(name)) if own else FOLDER / f"{name}.py"
+    path = FOLDER / f"{name}.py"
+    if own:
+        path = pathlib.Path(os.path.abspath(os.path.expanduser(name)))
     if own and not path.is_file():
         raise FileNotFoundError(f"--study={name}: no such file")
     if not path.is_file():

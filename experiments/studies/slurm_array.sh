@@ -3,7 +3,7 @@
 #   sbatch --array=0-5 experiments/studies/slurm_array.sh moe_vs_dense WORKDIR laptop "dense moe" "1 2 3"
 # (arms × seeds jobs); what stands behind, such as --data=DIR, is passed on. The job that makes the
 # last run writes the report. If none did:
-#   python -m experiments.run_study --study=moe_vs_dense --workdir=WORKDIR --scale=laptop --seeds=1,2,3
+#   python -m experiments.run_study --study=moe_vs_dense --workdir=WORKDIR --scale=laptop --seeds=1,2,3 [--data=DIR]
 # A job that was killed resumes when it is submitted again; a run that is done costs nothing.
 #SBATCH --job-name=study
 #SBATCH --ntasks=1

@@ -85,7 +85,7 @@ class Outcome:
         "lower" is below 1. None: nothing is expected.
       paper: the paper's outcome in words, with its numbers; empty where `expected` is no paper's.
       smallest_effect: differences below it do not matter; in the unit of the metric, or of a ratio
-        its natural logarithm (0.05: about 5 %).
+        its natural logarithm (0.05: about 5 %). Where the paper's own is smaller: that.
     """
 
     arm: str
@@ -103,8 +103,8 @@ class Outcome:
             value = getattr(self, name)
             words = ", ".join(str(choice) for choice in choices)
             _require(value in choices, name, value, f"must be one of {words}")
-        _require(self.smallest_effect > 0, "smallest_effect", self.smallest_effect,
-                 "must be positive")  # fmt: skip
+        positive = isinstance(self.smallest_effect, int | float) and self.smallest_effect > 0
+        _require(positive, "smallest_effect", self.smallest_effect, "must be a positive number")
         _require(self.arm != self.against, "against", self.against, "is the arm itself")
 
     @property
@@ -112,6 +112,17 @@ class Outcome:
         """What is compared, in words."""
         what = "final" if self.measure == "final" else f"{self.measure} to the same"
         return f"{self.arm} against {self.against}: {what} {self.metric}"
+
+
+# Field of Study → what its tuple holds.
+_TUPLES = {
+    "arms": Arm,
+    "outcomes": Outcome,
+    "equal": str,
+    "seeds": int,
+    "pilot_seeds": int,
+    "learning_rate_factors": int | float,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,13 +170,13 @@ class Study:
             raise type(error)(f"study {self.name}: {error}") from error
 
     def _check(self):
-        for field, kind in (("arms", Arm), ("outcomes", Outcome)):
+        for field, kind in _TUPLES.items():
             value = getattr(self, field)
-            right = isinstance(value, tuple) and all(isinstance(one, kind) for one in value)
-            if not right:
+            if not isinstance(value, tuple) or not all(isinstance(one, kind) for one in value):
+                words = getattr(kind, "__name__", str(kind))
                 raise TypeError(
-                    f"{field} is {type(value).__name__!r}: must be a tuple of {kind.__name__}; of "
-                    "a single one with a comma behind it"
+                    f"{field} is of type {type(value).__name__}: must be a tuple of {words}, of a "
+                    "single one with a comma behind it"
                 )
         names = [arm.name for arm in self.arms]
         for name in (self.name, *names):
@@ -181,7 +192,15 @@ class Study:
         for outcome in self.outcomes:
             for name in (outcome.arm, outcome.against):
                 _require(name in names, "outcomes", name, f"no such arm{nearest(name, names)}")
+        _require(self.base, "base", self.base, "must have a scale at least")
         check_seeds(self.seeds)
+        several = len(set(self.pilot_seeds)) == len(self.pilot_seeds) > 1
+        _require(several and min(self.pilot_seeds) >= 0, "pilot_seeds", self.pilot_seeds,
+                 "must be different numbers, two at least: a pilot measures a spread")  # fmt: skip
+        _require(self.max_seeds > 1, "max_seeds", self.max_seeds, "must be at least 2")
+        factors = self.learning_rate_factors
+        _require(factors and min(factors) > 0, "learning_rate_factors", factors,
+                 "must be positive numbers, one at least")  # fmt: skip
         shared = set(self.seeds) & set(self.pilot_seeds)
         _require(not shared, "pilot_seeds", self.pilot_seeds, "must not be among the seeds")
         for position, arm in enumerate(self.arms):

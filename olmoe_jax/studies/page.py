@@ -33,13 +33,16 @@ def build(plan, found, findings, content) -> str:
     return reporting.page(f"{study.name}: {study.question}", subtitle, blocks)
 
 
+_PAIRED = "Arms that are compared see, with one seed, the same batches. "
+
+
 def _method(plan, findings, content):
     lines = [
         f"Held equal and checked, the router's own part apart: "
         f"{equality.words(plans.held_equal(plan), plan.configs)}. "
-        "Runs of one seed see the same batches, so differences are taken per seed; intervals are "
-        "Student's t over seeds. The bootstrap over documents draws which text was evaluated and "
-        "leaves the runs as they are.",
+        f"{_PAIRED if 'data_order' in plan.study.equal else ''}Differences are taken per seed; "
+        "intervals are Student's t over seeds. The bootstrap over documents draws which text was "
+        "evaluated and leaves the runs as they are.",
         *_conditions(content),
     ]
     found = content["protocol"]
@@ -293,7 +296,8 @@ def _routing_table(content):
     note = (
         "Means over layers and seeds. Specialisation: half the sum over experts of |share of a "
         "domain's choices − mean of that over domains|; chance: documents dealt to domains at "
-        "random. Imbalance: the same distance from 1 / experts; chance: a balanced random router. "
+        "random (where there are few, tokens). Imbalance: the same distance from 1 / experts; "
+        "chance: a balanced random router. "
         "Two seeds: Jaccard index of the tokens of matched experts."
     )
     if tokens is not None:

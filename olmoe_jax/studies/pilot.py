@@ -53,11 +53,11 @@ def run(plan, *, devices=None, announce=print) -> protocol.Protocol | int:
       ValueError: a pilot run was made with another configuration.
     """
     wanted = sorted(wanted_runs(plan), key=lambda run: list(plan.configs).index(run[0]))
-    plans.check_same_data([(path, config) for _, _, _, config, path in wanted], plan.prepared)
     for _, _, _, config, path in wanted:
         plans.check_unchanged(path, config)
     plans.write_marker(plan)
-    runner.check_data(plan, announce)
+    now = runner.check_data(plan, announce)
+    plans.check_same_data([(path, config) for _, _, _, config, path in wanted], now)
     finals = {}
     for number, (arm, rate, seed, config, path) in enumerate(wanted, start=1):
         if _is_done(path, config):
@@ -84,7 +84,8 @@ def run(plan, *, devices=None, announce=print) -> protocol.Protocol | int:
         if not _is_done(path, config):
             raise ValueError(f"{path} is not finished yet: run this again for the protocol")
         _note(finals, plan, arm, rate, seed, path)
-    return protocol.decide(plan, finals)
+    identity = runs.recorded_identity(wanted[0][4])
+    return protocol.decide(plan, finals, data_identity=identity)
 
 
 def describe(plan) -> str:

@@ -108,6 +108,9 @@ def make_plan(study, workdir, *, scale, seeds=None, data=None, learning_rates=No
     """
     changes = {} if data is None else data_changes(data)
     configs = study.configs(scale, data=changes)
+    for outcome in study.outcomes:  # again: other data bring other sizes
+        pair = {name: configs[name] for name in (outcome.arm, outcome.against)}
+        equality.check(pair, study.equal)
     for arm, rate in (learning_rates or {}).items():
         configs[arm] = declaration.changed(configs[arm], {"optimizer.learning_rate": rate})
     seeds = study.seeds if seeds is None else tuple(seeds)
@@ -126,7 +129,7 @@ def check_pilot_seeds(seeds, pilot_seeds):
     """Refuses seeds of a verdict that are the pilot's: rates and number were chosen by those."""
     if shared := sorted(set(seeds) & set(pilot_seeds)):
         listed = ", ".join(map(str, shared))
-        raise ValueError(f"--seeds: {listed} belong to the pilot; a verdict takes others")
+        raise ValueError(f"the pilot's seeds are none of a verdict: choose others than {listed}")
 
 
 def data_changes(path) -> dict:

@@ -14,11 +14,12 @@ import pathlib
 
 from olmoe_jax import config as config_lib
 from olmoe_jax import files
-from olmoe_jax.studies import plans, statistics
+from olmoe_jax.studies import declaration, plans, statistics
 from olmoe_jax.training import runs
 
 FEWEST_SEEDS = 3
 FILE = "protocol.json"
+_OTHER_DATA = "the pilot ran on other data; its rates and seeds are kept"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class Protocol:
       configs: arm → the pilot's config (rate and seed are those of the declaration).
       outcomes: what was asked: the fields of each Outcome, without the paper's words; None in a
         file of an earlier version.
+      data_identity: `training.runs.identity` of the pilot's data; empty where that is not known.
     """
 
     study: str
@@ -58,6 +60,7 @@ class Protocol:
     notes: tuple[str, ...]
     configs: dict[str, dict]
     outcomes: tuple[dict, ...] | None = None
+    data_identity: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def sd_bound(self) -> float:
@@ -65,11 +68,12 @@ class Protocol:
         return statistics.sd_bound(self.sd, self.degrees_of_freedom)
 
 
-def decide(plan, finals) -> Protocol:
+def decide(plan, finals, data_identity=None) -> Protocol:
     """The Protocol that follows from a pilot's numbers.
 
     Args:
       plan: a plans.Plan.
+      data_identity: of the Protocol, if it is known.
       finals: arm → rate → final metric per pilot seed, None where the run diverged.
     Raises:
       ValueError: an arm has no rate at which every run finished.
@@ -107,6 +111,7 @@ def decide(plan, finals) -> Protocol:
         notes=tuple(notes),
         configs={arm: dataclasses.asdict(config) for arm, config in plan.configs.items()},
         outcomes=_asked(study),
+        data_identity=data_identity or {},
     )
 
 
@@ -174,13 +179,17 @@ def plan(study, workdir, *, scale, data=None, seeds=None, path=None):
         path = here if path is None else os.path.expanduser(path)
         followed, notes = read(path, study, scale, data=changes)
         if seeds is not None and tuple(seeds) != followed.seeds:
-            plans.check_pilot_seeds(seeds, followed.pilot_seeds)
+            plans.check_pilot_seeds(seeds, followed.pilot_seeds)  # which may be declared anew
             notes.append(f"the seeds are not the protocol's, {list(followed.seeds)}")
     made = plans.make_plan(
         study, workdir, scale=scale, data=data,
         seeds=followed.seeds if followed and seeds is None else seeds,
         learning_rates=followed.learning_rates if followed else None,
     )  # fmt: skip
+    if followed and followed.data_identity and _OTHER_DATA not in notes:
+        now = [runs.identity(data) for data in made.prepared.values()]
+        if any(identity != followed.data_identity for identity in now):  # prepared anew
+            notes.append(_OTHER_DATA)
     return made, followed, notes
 
 
@@ -216,7 +225,7 @@ def read(path, study, scale, *, data=None) -> tuple[Protocol, list[str]]:
         differ += [f"{arm}: {d}" for d in here if not (carried and d.startswith(carried))]
         other_data |= any(carried and d.startswith(carried) for d in here)
     if other_data:
-        notes.append("the pilot ran on other data; its rates and seeds are kept")
+        notes.append(_OTHER_DATA)
     if differ:
         raise ValueError(
             f"{path}: the pilot was made with another declaration (its value != this one): "
@@ -231,15 +240,16 @@ def _parse(path, study):
         content = json.loads(pathlib.Path(path).read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not a protocol: {error}. Run --pilot again") from None
-    fields = {field.name for field in dataclasses.fields(Protocol)}
-    # earlier versions did not note these
-    content = {"variant": study.variant, "outcomes": None} | (
-        content if isinstance(content, dict) else {}
-    )
-    if set(content) != fields:
-        raise ValueError(f"{path}: not a protocol of this version; run --pilot again")
-    names = ("seeds", "pilot_seeds", "notes", *(["outcomes"] if content["outcomes"] else []))
-    return Protocol(**content | {name: tuple(content[name]) for name in names})
+    earlier = {"variant": study.variant, "outcomes": None}  # versions that did not note it
+    try:
+        content = earlier | content
+        names = ("seeds", "pilot_seeds", "notes", *(["outcomes"] if content["outcomes"] else []))
+        found = Protocol(**content | {name: tuple(content[name]) for name in names})
+        for asked in found.outcomes or ():
+            declaration.Outcome(**asked)
+    except (TypeError, ValueError, KeyError):
+        raise ValueError(f"{path}: not a protocol of this version; run --pilot again") from None
+    return found
 
 
 def _check_question(path, study, found):
@@ -259,4 +269,8 @@ def _check_question(path, study, found):
         )
     new = [o.title for o, asked in zip(study.outcomes, _asked(study), strict=True)
            if fixed and asked not in fixed]  # fmt: skip
-    return [f"not fixed by the protocol, so explored: {'; '.join(new)}"] if new else []
+    gone = [declaration.Outcome(**asked).title for asked in fixed if asked not in _asked(study)]
+    notes = [f"not fixed by the protocol, so explored: {'; '.join(new)}"] if new else []
+    if gone:
+        notes.append(f"fixed by the protocol, but not asked any more: {'; '.join(gone)}")
+    return notes

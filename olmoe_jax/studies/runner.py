@@ -66,9 +66,13 @@ def check_chosen(plan, arm, seed):
         raise ValueError(f"--seed={seed}: the seeds are {listed}")
 
 
-def check_data(plan, announce):
+def check_data(plan, announce) -> dict:
     """Refuses data in which an outcome cannot be measured, or that are not those of the runs that
-    are there: before any run is made."""
+    are there: before any run is made.
+
+    Returns:
+      `plans.source_of` → PreparedData.
+    """
     now = {}
     for config in plan.configs.values():
         source = plans.source_of(config)
@@ -78,6 +82,7 @@ def check_data(plan, announce):
         if plan.needs_causality:
             causality.check(config, now[source])
     plans.check_same_data(plan.made, now)
+    return now
 
 
 def _check_domains(plan, config, data):

@@ -82,11 +82,17 @@ def _finished(plan, workdirs, pattern):
 def _same_data(plan, source):
     """Whether the data that a run was made on are those that the plan's runs would read now."""
     config, _ = runs.read_config(source)
-    if config.data.path == "embedded" and (
-        (source / "data").resolve() != (plan.workdir / "data").resolve()
-    ):
-        return False
-    now = runs.open_data(config, source, lambda line: None)
+    if config.data.path == "embedded":
+        own = plan.workdir / "data"  # will be a link to the others' where it is not there yet
+        shared = (source / "data").exists() and (
+            not own.exists() or (source / "data").resolve() == own.resolve()
+        )
+        if not shared:
+            return False
+    try:
+        now = runs.open_data(config, source, lambda line: None)
+    except (FileNotFoundError, ValueError):
+        return False  # gone, or others
     return runs.recorded_identity(source) == runs.identity(now)
 
 
@@ -119,11 +125,10 @@ def seconds_left(plan, planned, workdirs=()) -> float:
         are added to it.
       workdirs: of studies whose finished runs are there already, as of `adopt`.
     """
-    fresh = not (plan.workdir / "data").exists()  # it will be a link to the others' data
     ready = planned | {
         config
         for config, path in _finished(plan, workdirs, _RUNS).items()
-        if fresh or _same_data(plan, path)
+        if _same_data(plan, path)
     }
     every, remaining = {(arm, seed) for arm in plan.configs for seed in plan.seeds}, plan.remaining
     seconds, own = 0.0, {plan.config(*run) for run in every.difference(remaining)}

@@ -32,7 +32,8 @@ class Finding:
       agreement: AGREES, DISAGREES, UNDECIDED; of an outcome without a paper AS_EXPECTED,
         UNEXPECTED, UNDECIDED; of one that expects nothing DECIDED with "lower", "higher" or
         "equal", UNDECIDED. "equal" is found where the whole interval lies within the outcome's
-        smallest effect, on whichever side of zero.
+        smallest effect; one that lies on the expected side of zero as well has the direction, which
+        the words call small.
       words: the verdict in one or two sentences.
     """
 
@@ -153,14 +154,16 @@ def _decide(outcome, interval, missing):
     if not interval.excludes_zero and not small:
         effect = max(abs(interval.mean), outcome.smallest_effect)
         return UNDECIDED, statistics.seeds_to_decide(effect, interval.sd, least=interval.n + 1)
-    found = "equal" if small else "lower" if interval.mean < 0 else "higher"
+    way = "lower" if interval.mean < 0 else "higher"
+    found = "equal" if small else way
     if outcome.expected is None:
         return f"{DECIDED}: {found}", None
     right, wrong = (AGREES, DISAGREES) if outcome.paper else (AS_EXPECTED, UNEXPECTED)
     if outcome.expected == "equal" and not small:
         nearest = min(abs(interval.low), abs(interval.high))
         return (wrong if nearest > outcome.smallest_effect else UNDECIDED), None
-    return (right if found == outcome.expected else wrong), None
+    direction = interval.excludes_zero and way == outcome.expected  # a small one, too
+    return (right if direction or found == outcome.expected else wrong), None
 
 
 def _found_words(outcome, effects, interval, missing, bounds):

@@ -130,8 +130,10 @@ def test_an_error_in_a_file_names_its_line_and_a_file_may_have_dataclasses(tmp_p
     text += "class Width:\n    factor: int\n\n\n"
     path = tmp_path / "control.py"
     path.write_text(text + "Width(1) / 0\n")
-    with pytest.raises(ValueError, match=f"{path}:10: unsupported operand"):
-        run_study.load(str(path))
+    monkeypatch.chdir(tmp_path)
+    for name in (str(path), "control.py"):
+        with pytest.raises(ValueError, match=f"{path}:10: unsupported operand"):
+            run_study.load(name)
     path.write_text(text + "from experiments.studies.control import STUDY\n")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run_study.load("~/control.py").name == "control"
@@ -180,7 +182,7 @@ def test_a_pilot_refuses_what_it_would_not_follow_and_to_come_too_late(tmp_path)
     (tmp_path / "base/seed_1/metrics.jsonl").write_text("")
     (tmp_path / "protocol.json").write_text("{}")
     status, _, error = run(*flags)
-    assert status == 2 and "runs follow it already" in error
+    assert status == 2 and "holds runs of the verdict already" in error
     assert (tmp_path / "protocol.json").read_text() == "{}"
 
 

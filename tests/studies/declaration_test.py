@@ -37,7 +37,7 @@ def test_a_value_of_the_wrong_type_is_one_line():
         (dict(metric="validation/los"), "metric is 'validation/los'.*nearest is 'validation/loss'"),
         (dict(measure="steps"), "measure is 'steps': must be one of final, tokens"),
         (dict(expected="better"), "expected is 'better': must be one of None, lower"),
-        (dict(smallest_effect=0.0), "smallest_effect is 0.0: must be positive"),
+        (dict(smallest_effect=0.0), "smallest_effect is 0.0: must be a positive"),
         (dict(against="new"), "against is 'new': is the arm itself"),
     ],
 )
@@ -70,8 +70,25 @@ def test_a_study_that_cannot_be_run_is_refused(fields, message):
 
 
 def test_a_lost_comma_is_named():
-    with pytest.raises(TypeError, match="study made_up: arms is 'Arm': must be a tuple of Arm"):
+    with pytest.raises(TypeError, match="made_up: arms is of type Arm: must be a tuple of Arm, of"):
         synthetic.study(arms=studies.Arm(name="old"))
+    with pytest.raises(TypeError, match="equal is of type str: must be a tuple of str"):
+        synthetic.study(equal="tokens")
+    with pytest.raises(TypeError, match="learning_rate_factors is of type list: .* of int . float"):
+        synthetic.study(learning_rate_factors=[1.0])
+
+
+@pytest.mark.parametrize("field", ["base", "seeds", "pilot_seeds", "learning_rate_factors"])
+def test_what_would_fail_behind_all_runs_is_refused_before_them(field):
+    with pytest.raises(ValueError, match=f"study made_up: {field} is "):
+        synthetic.study(**{field: {} if field == "base" else ()})
+    for seeds in ((101,), (101, 101), (-1, 101)):
+        with pytest.raises(ValueError, match="pilot_seeds is .*two at least"):
+            synthetic.study(pilot_seeds=seeds)
+    with pytest.raises(ValueError, match="max_seeds is 0: must be at least 2"):
+        synthetic.study(max_seeds=0)
+    with pytest.raises(ValueError, match="smallest_effect is '0.01': must be a positive number"):
+        synthetic.outcome(smallest_effect="0.01")
 
 
 def test_arms_are_compared_directly_or_through_a_third():

@@ -52,7 +52,7 @@ def test_an_arm_that_starts_from_another_is_piloted_from_its_best_rate(tmp_path,
         "finished_record",
         lambda path, config: (path / "config.json").is_file() or None,
     )
-    monkeypatch.setattr(runner, "check_data", lambda plan, announce: None)
+    monkeypatch.setattr(runner, "check_data", lambda plan, announce: {})
     monkeypatch.setattr(runner, "claim", lambda path: contextlib.nullcontext(True))
     found = pilot.run(plan, announce=lambda line: None)
     assert found.learning_rates == {"old": 0.004, "new": 0.004}
@@ -69,7 +69,7 @@ def test_an_arm_that_starts_from_another_is_piloted_from_its_best_rate(tmp_path,
 def test_a_pilot_waits_for_what_its_arms_start_from(tmp_path, monkeypatch):
     """Another process has the runs of "old": "new" cannot know yet where to start."""
     arms = (studies.Arm(name="old"), studies.Arm(name="new", starts_from="old"))
-    monkeypatch.setattr(runner, "check_data", lambda plan, announce: None)
+    monkeypatch.setattr(runner, "check_data", lambda plan, announce: {})
     monkeypatch.setattr(
         runner, "claim", lambda path: contextlib.nullcontext("old" not in path.parts)
     )

@@ -8,7 +8,7 @@ import pytest
 
 from olmoe_jax import studies
 from olmoe_jax.data import preparation
-from olmoe_jax.studies import declaration, plans
+from olmoe_jax.studies import declaration, plans, scales
 from tests.studies import synthetic
 
 
@@ -121,6 +121,19 @@ def test_what_is_held_equal_is_said_of_those_for_which_it_holds(tmp_path):
     assert "held equal: of old, new: data_order\n" in text
     text = plans.describe(_plan(synthetic.study(), tmp_path))
     assert "held equal: total_parameters, active_parameters, flops_per_token, tokens, data_" in text
+
+
+def test_equal_cost_is_checked_at_the_sizes_of_the_data_too(prepared, tmp_path):
+    """Of 960 words, a wider FFN makes up for tied embeddings; of 270 it does not."""
+    base = declaration.changed(scales.BASES["smoke"], {"model.vocab_size": 960})
+    tied = {"model.tie_embeddings": True, "model.d_ff": base.model.d_ff + 10}
+    study = synthetic.study(
+        base={"smoke": base}, equal=("total_parameters",),
+        arms=(studies.Arm(name="old"), studies.Arm(name="new", changes=tied)),
+    )  # fmt: skip
+    _plan(study, tmp_path)
+    with pytest.raises(ValueError, match="arms new and old are not equal in total_parameters"):
+        _plan(study, tmp_path, data=prepared)
 
 
 def test_other_sizes_of_data_are_said_with_what_they_cost(prepared, tmp_path):

@@ -5,6 +5,7 @@ import pytest
 
 from olmoe_jax import studies
 from olmoe_jax.studies import plans, protocol, statistics
+from olmoe_jax.training import runs
 from tests.studies import synthetic
 
 
@@ -93,7 +94,8 @@ def test_a_protocol_of_another_declaration_is_refused(written):
     del content["variant"], content["outcomes"]  # as earlier versions wrote it
     path.write_text(json.dumps(content))
     assert protocol.read(path, scaled, "smoke")[0].variant == "scaled"
-    for text in ("{}", "[]", '{"study": '):
+    strange = [content | {"seeds": None}, content | {"outcomes": [{"arm": "new"}]}]
+    for text in ("{}", "[]", '{"study": ', *map(json.dumps, strange)):
         path.write_text(text)
         with pytest.raises(ValueError, match=f"{path}: not a protocol.*un --pilot again"):
             protocol.read(path, study, "smoke")
@@ -115,6 +117,9 @@ def test_a_question_that_was_changed_after_the_pilot_is_refused_or_noted(written
     more = dataclasses.replace(study, outcomes=outcomes)
     (note,) = protocol.read(path, more, "smoke")[1]
     assert note == f"not fixed by the protocol, so explored: {outcomes[1].title}"
+    protocol.write(path, protocol.decide(_plan(path.parent, outcomes=outcomes), _finals(OLD, NEW)))
+    (note,) = protocol.read(path, study, "smoke")[1]
+    assert note == f"fixed by the protocol, but not asked any more: {outcomes[1].title}"
     content = json.loads(path.read_text())
     del content["outcomes"]  # as earlier versions wrote it: these two were kept
     path.write_text(json.dumps(content))
@@ -125,10 +130,10 @@ def test_a_question_that_was_changed_after_the_pilot_is_refused_or_noted(written
 
 def test_seeds_of_the_pilot_are_none_of_a_verdict(written, tmp_path):
     path, study = written
-    with pytest.raises(ValueError, match="--seeds: 101 belong to the pilot"):
+    with pytest.raises(ValueError, match="none of a verdict: choose others than 101"):
         plans.make_plan(study, tmp_path / "run", scale="smoke", seeds=(7, 101))
-    other = dataclasses.replace(study, pilot_seeds=(901,))  # declared after the pilot
-    with pytest.raises(ValueError, match="--seeds: 102 belong to the pilot"):
+    other = dataclasses.replace(study, pilot_seeds=(901, 902))  # declared after the pilot
+    with pytest.raises(ValueError, match="none of a verdict: choose others than 102"):
         protocol.plan(other, tmp_path / "run", scale="smoke", seeds=(7, 102), path=path)
 
 
@@ -155,3 +160,14 @@ def test_rates_and_seeds_carry_over_to_other_data_and_that_is_said(written, prep
     plan = plans.make_plan(study, path.parent / "else", scale="smoke", data=prepared,
                             seeds=found.seeds, learning_rates=found.learning_rates)  # fmt: skip
     assert plan.config("new", 3).optimizer.learning_rate == 0.008
+
+
+def test_a_pilot_on_data_that_were_prepared_anew_is_noted(tiny_base, tmp_path):
+    study = synthetic.study(base={"smoke": tiny_base})
+    plan = plans.make_plan(study, tmp_path, scale="smoke")
+    (data,) = plan.prepared.values()
+    now = runs.identity(data)
+    for identity, notes in ((now, 0), (now | {"data_sha256": "0" * 64}, 1)):
+        found = protocol.decide(plan, _finals(OLD, NEW), data_identity=identity)
+        protocol.write(tmp_path / protocol.FILE, found)
+        assert len(protocol.plan(study, tmp_path, scale="smoke")[2]) == notes
