@@ -22,6 +22,7 @@ def test_all_cuts_have_equal_total_and_active_parameters():
     assert len(counts) == 1
 
 
+@pytest.mark.slow
 def test_the_suite(monkeypatch, capsys):
     monkeypatch.setattr(experts, "TOKENS", 67)
     monkeypatch.setattr(experts, "D_MODEL", 18)

@@ -14,6 +14,7 @@ TINY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_suite(monkeypatch, capsys):
     monkeypatch.setattr(layers, "FEW", 1)
     monkeypatch.setattr(layers, "MANY", 3)

@@ -113,6 +113,7 @@ def test_layers_that_share_their_experts_have_biases_of_their_own():
     np.testing.assert_allclose(_bias(state["params"]), before + step, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "block", "dtype"),
     [
