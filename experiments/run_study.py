@@ -202,9 +202,8 @@ def choose(text) -> list[declaration.Study]:
     Raises:
       ValueError: as `load`; or one is named twice.
     """
-    wanted = (
-        names() if text == ALL else [name for part in text.split(",") if (name := part.strip())]
-    )
+    given = [part.strip() for part in text.split(",")]
+    wanted = names() if text == ALL else [name for name in given if name]
     if not wanted:
         raise ValueError(f"--study={text}: names no study")
     found = [load(name) for name in wanted]
@@ -224,13 +223,12 @@ def load(name) -> declaration.Study:
     Raises:
       ValueError: there is none (all are listed, a line each), or its file does not declare one.
     """
-    own = name.endswith(".py")
     path = FOLDER / f"{name}.py"
-    if own:
+    if name.endswith(".py"):
         path = pathlib.Path(os.path.abspath(os.path.expanduser(name)))
-    if own and not path.is_file():
-        raise FileNotFoundError(f"--study={name}: no such file")
-    if not path.is_file():
+        if not path.is_file():
+            raise FileNotFoundError(f"--study={name}: no such file")
+    elif not path.is_file():
         known = names()
         near = difflib.get_close_matches(name, known, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""

@@ -210,10 +210,17 @@ class Study:
                 _require(arm.starts_from in names[:position], "starts_from", arm.starts_from,
                          f"arm {arm.name} must come after the one it starts from")  # fmt: skip
         for scale in self.base:
-            configs = self.configs(scale)
-            for outcome in self.outcomes:
-                pair = {name: configs[name] for name in (outcome.arm, outcome.against)}
-                equality.check(pair, self.equal)
+            self.check_equal(self.configs(scale))
+
+    def check_equal(self, configs):
+        """Raises ValueError where arms of an outcome differ in what is held equal.
+
+        Args:
+          configs: arm → Config.
+        """
+        for outcome in self.outcomes:
+            pair = {name: configs[name] for name in (outcome.arm, outcome.against)}
+            equality.check(pair, self.equal)
 
     @property
     def primary(self) -> Outcome:

@@ -90,14 +90,13 @@ def run(plan, *, devices=None, announce=print) -> protocol.Protocol | int:
 
 def describe(plan) -> str:
     """How many runs a pilot makes, and how long the rest of them takes: lines for a person."""
-    wanted = wanted_runs(plan)
-    left = [(arm, config) for arm, _, _, config, path in wanted if not _is_done(path, config)]
-    done = {
-        arm: results.read_run(path, arm, seed).tokens_per_second
-        for arm, _, seed, config, path in wanted
-        if (arm, config) not in left
-    }
-    seconds = sum(plans.seconds_of(config, done.get(arm)) for arm, config in left)
+    wanted, left, speeds = wanted_runs(plan), [], {}
+    for arm, _, seed, config, path in wanted:
+        if _is_done(path, config):
+            speeds[arm] = results.read_run(path, arm, seed).tokens_per_second
+        else:
+            left.append((arm, config))
+    seconds = sum(plans.seconds_of(config, speeds.get(arm)) for arm, config in left)
     seeds = ", ".join(map(str, plan.study.pilot_seeds))
     lines = [
         f"pilot of {plan.study.name} ({plan.scale}): {len(wanted)} runs, seeds {seeds}, "

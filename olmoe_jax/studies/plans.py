@@ -5,6 +5,7 @@ WORKDIR/ARM/seed_N/            a training run (`runner` makes it)
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -73,12 +74,13 @@ class Plan:
         """[(workdir, Config)] of `runs`."""
         return [(self.path(*pair), self.config(*pair)) for pair in self.runs]
 
-    @property
+    @functools.cached_property
     def prepared(self) -> dict:
         """`source_of` → PreparedData, of the arms whose data are prepared beforehand."""
+        sources = {source_of(config): config for config in self.configs.values()}
         return {
-            source_of(config): runs.open_data(config, self.workdir, lambda line: None)
-            for config in self.configs.values()
+            source: runs.open_data(config, self.workdir, lambda line: None)
+            for source, config in sources.items()
             if config.data.path != "embedded"
         }
 
@@ -108,9 +110,7 @@ def make_plan(study, workdir, *, scale, seeds=None, data=None, learning_rates=No
     """
     changes = {} if data is None else data_changes(data)
     configs = study.configs(scale, data=changes)
-    for outcome in study.outcomes:  # again: other data bring other sizes
-        pair = {name: configs[name] for name in (outcome.arm, outcome.against)}
-        equality.check(pair, study.equal)
+    study.check_equal(configs)  # again: other data bring other sizes
     for arm, rate in (learning_rates or {}).items():
         configs[arm] = declaration.changed(configs[arm], {"optimizer.learning_rate": rate})
     seeds = study.seeds if seeds is None else tuple(seeds)
@@ -251,12 +251,11 @@ def describe(plan) -> str:
         f"study {plan.study.name} ({plan.scale}): {plan.study.question}",
         equality.table(plan.configs),
         f"held equal: {equality.words(held_equal(plan), plan.configs)}",
+        *([f"note: {note}"] if (note := data_note(plan)) else []),
         f"{len(plan.configs)} arms × {len(plan.seeds)} seeds {list(plan.seeds)} = {whole} runs, "
         f"{whole - len(remaining)} done"
         + ("" if len(plan.seeds) > 1 else "; one seed gives no interval"),
     ]
-    if note := data_note(plan):
-        lines.insert(3, f"note: {note}")
     if remaining:
         lines.append(f"the rest takes about {metrics.duration(seconds_left(plan))} (an estimate)")
     return "\n".join(lines)
@@ -310,5 +309,4 @@ def seconds_of(config, tokens_per_second=None) -> float:
 def write_marker(plan):
     """Says in the workdir which study it holds."""
     if not jax.process_index() and not (plan.workdir / MARKER).is_file():
-        plan.workdir.mkdir(parents=True, exist_ok=True)
         files.write_json(plan.workdir / MARKER, _identity(plan))

@@ -158,8 +158,7 @@ def _seeds(study, count):
 
 def write(path, protocol):
     """Writes a Protocol as JSON, whole or not at all."""
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(pathlib.Path(path), dataclasses.asdict(protocol))
+    files.write_json(path, dataclasses.asdict(protocol))
 
 
 def plan(study, workdir, *, scale, data=None, seeds=None, path=None):

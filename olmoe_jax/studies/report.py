@@ -37,12 +37,7 @@ def write(plan, *, protocol=None, notes=(), announce=print) -> dict:
     Raises:
       ValueError: a run has not recorded a metric that an outcome is about.
     """
-    plans.check_same_data(plan.made, {})
-    found = {
-        (arm, seed): results.read_run(plan.path(arm, seed), arm, seed)
-        for arm in plan.configs
-        for seed in plan.seeds
-    }
+    found = read_runs(plan)
     baseline = bigram_baseline(plan, announce)
     bigram_loss = baseline["validation/bigram_loss"]
     findings = [verdict.judge(o, found, bigram_loss=bigram_loss) for o in plan.study.outcomes]
@@ -53,6 +48,16 @@ def write(plan, *, protocol=None, notes=(), announce=print) -> dict:
         files.write_json(plan.workdir / DATA, content)
         files.write_text(plan.workdir / PAGE, page.build(plan, found, findings, content))
     return content
+
+
+def read_runs(plan) -> dict:
+    """(arm, seed) → results.Run of a plan's finished runs.
+
+    Raises:
+      ValueError: they read data that differ.
+    """
+    plans.check_same_data(plan.made, {})
+    return {pair: results.read_run(plan.path(*pair), *pair) for pair in plan.runs}
 
 
 def bigram_baseline(plan, announce) -> dict:

@@ -73,12 +73,15 @@ def check_data(plan, announce) -> dict:
     Returns:
       `plans.source_of` → PreparedData.
     """
-    now = {}
+    now, evaluated = dict(plan.prepared), set()
     for config in plan.configs.values():
         source = plans.source_of(config)
         if source not in now:
-            now[source] = _open_data(plan.workdir, config, announce)
-        _check_domains(plan, config, now[source])
+            now[source] = _open_embedded(plan.workdir, config, announce)
+        windows = (source, config.data.validation_windows)
+        if windows not in evaluated:  # which arms have in common
+            _check_domains(plan, config, now[source])
+            evaluated.add(windows)
         if plan.needs_causality:
             causality.check(config, now[source])
     plans.check_same_data(plan.made, now)
@@ -164,10 +167,8 @@ def share_data(workdir, path, config, announce):
         runs.open_data(config, path, announce)
 
 
-def _open_data(workdir, config, announce):
-    """The PreparedData of a study's run; an embedded corpus is built in WORKDIR/data if need be."""
-    if config.data.path != "embedded":
-        return runs.open_data(config, workdir, announce)
+def _open_embedded(workdir, config, announce):
+    """The PreparedData of the embedded corpus, which is built in WORKDIR/data if need be."""
     shared = workdir / "data"
     shared.mkdir(parents=True, exist_ok=True)
     with files.locked(shared / ".lock"):

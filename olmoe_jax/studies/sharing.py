@@ -98,7 +98,7 @@ def _same_data(plan, source):
 
 def _links(plan):
     """(arm, seed) → path of the runs that are links."""
-    every = {(arm, seed): plan.path(arm, seed) for seed in plan.seeds for arm in plan.configs}
+    every = {pair: plan.path(*pair) for pair in plan.runs}
     return {run: path for run, path in every.items() if path.is_symlink()}
 
 
@@ -125,16 +125,12 @@ def seconds_left(plan, planned, workdirs=()) -> float:
         are added to it.
       workdirs: of studies whose finished runs are there already, as of `adopt`.
     """
-    ready = planned | {
-        config
-        for config, path in _finished(plan, workdirs, _RUNS).items()
-        if _same_data(plan, path)
-    }
-    every, remaining = {(arm, seed) for arm in plan.configs for seed in plan.seeds}, plan.remaining
-    seconds, own = 0.0, {plan.config(*run) for run in every.difference(remaining)}
+    known, remaining = _finished(plan, workdirs, _RUNS), plan.remaining
+    seconds, own = 0.0, {plan.config(*run) for run in set(plan.runs).difference(remaining)}
     for arm, seed in remaining:
         config = plan.config(arm, seed)
-        if config in own or config not in ready:
+        ready = config in planned or (config in known and _same_data(plan, known[config]))
+        if config in own or not ready:
             seconds += plans.estimate(plan, arm, seed)
         own.add(config)
     planned |= own

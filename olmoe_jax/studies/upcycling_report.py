@@ -24,7 +24,7 @@ Everything but words follows from metrics.jsonl and config.json of the runs. No 
 import dataclasses
 import math
 
-from olmoe_jax.studies import crossings, equality, plans, report, results, statistics, verdict
+from olmoe_jax.studies import crossings, equality, plans, report, statistics, verdict
 from olmoe_jax.training import metrics, preflight, runs
 
 DATA, PAGE, PICTURE = "compare.json", "report.html", "compare.png"
@@ -70,12 +70,7 @@ def make(plan, *, dense_tokens=None, protocol=None, notes=(), announce=print) ->
       protocol: the protocol.Protocol that the runs follow, or None.
       notes: lines that a reader should know.
     """
-    plans.check_same_data(plan.made, {})
-    found = {
-        (arm, seed): results.read_run(plan.path(arm, seed), arm, seed)
-        for arm in plan.configs
-        for seed in plan.seeds
-    }
+    found = report.read_runs(plan)
     missing = {
         seed: f"{bad[0].arm} diverged ({bad[0].problem})"
         for seed in plan.seeds
